@@ -46,6 +46,7 @@ def warn(message: str, category: type[Warning]) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         frame = frame.f_back
+    # The registry of the caller's module, where Python notes which of its warnings have been shown.
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     module = frame.f_globals.get("__name__") or "<unknown>"
     warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
@@ -63,6 +64,7 @@ def warn_once(subject: object, cause: str, message: str, category: type[Warning]
         message: text of the warning.
         category: of the warning.
     """
+    # In this order: a quiet call does not use up the one warning.
     if not is_quiet(category) and is_news(subject, cause):
         warn(message, category)
 
@@ -93,6 +95,7 @@ def quiet(category: type[Warning] = Warning) -> Iterator[None]:
         depth[category] = depth.get(category, 0) + 1
         entry = _filters.setdefault(category, [0, ("ignore", _ThisThread(category), category, None, 0)])
         entry[0] += 1  # type: ignore[operator]
+        # By hand, because `filterwarnings` takes only a text as the pattern of messages.
         warnings.filters.insert(0, entry[1])  # type: ignore[attr-defined]
     try:
         yield

@@ -22,6 +22,7 @@ _Memory = tuple[int, dict[Hashable, object]]  # how many hooks a model had, and 
 def remembering(model: nn.Module) -> Iterator[None]:
     """Let `remembered` keep results in this thread; the model's weights must not change inside."""
     memories: dict[int, _Memory] = _this.__dict__.setdefault("memories", {})
+    # Inside another `remembering`, whose results serve here as well.
     if id(model) in memories:
         yield
         return
@@ -40,6 +41,7 @@ def remembered(model: nn.Module, key: Hashable, compute: Callable[[], Result]) -
         key: whatever else it depends on.
         compute: a function of nothing else.
     """
+    # Outside `remembering` the count is None, which no number of hooks equals.
     count, results = getattr(_this, "memories", {}).get(id(model), (None, {}))
     if count != _count_hooks(model):
         return compute()

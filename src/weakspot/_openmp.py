@@ -15,6 +15,7 @@ ROUNDS = "3000"  # see docs/decisions.md
 
 def is_own_program(command: Sequence[str]) -> bool:
     """Whether a command, such as `sys.orig_argv`, starts weakspot by its name or as a module."""
+    # After the interpreter come its options, then -m with a module, or a script.
     for at, part in enumerate(command[1:], 1):
         if part == "-m":
             return command[at + 1 : at + 2] == ["weakspot"]

@@ -95,6 +95,7 @@ class Step:
         self.done = min(1.0, max(fraction, self.done))
         self._reports.append((now, self.done))
         # The rate is that of the last minute, since parts of the work differ in speed.
+        # The last report before that minute stays: it is where the rate is measured from.
         while len(self._reports) > 2 and self._reports[1][0] < now - WINDOW:
             self._reports.popleft()
 
@@ -170,6 +171,7 @@ def open_display(console: Console | None = None) -> Iterator[Display]:
 
 def duration(seconds: float) -> str:
     """Seconds as a reader wants them: "7 s", "3 min", "2.5 h"."""
+    # Each unit is used up to 99 of it.
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -209,6 +211,8 @@ def _terminal_bar(display: Display, console: Console) -> Iterator[None]:
         row.add_row(spinner, Text(step.name), bar, Text(status))
         return row
 
+    # With redirection, rich would print standard output to this console, which is that of standard error, and
+    # the results of a command would not reach its reader.
     live = Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False)
 
     @contextmanager
@@ -249,6 +253,7 @@ def repeat(action: Callable[[], None], first: float, every: float) -> Iterator[N
 
     def run() -> None:
         wait = first
+        # The wait ends at once when the block does.
         while not ended.wait(wait):
             action()
             wait = every
@@ -259,6 +264,7 @@ def repeat(action: Callable[[], None], first: float, every: float) -> Iterator[N
         yield
     finally:
         ended.set()
+        # Without this, a last line could still appear after what follows the block.
         thread.join()
 
 

@@ -18,6 +18,7 @@ GOLDEN, FIRST, SECOND = (
 def keys(images: Tensor, seed: int) -> Tensor:
     """One key (N,) for each of the images (N, C, H, W), from its 8-bit content and the seed."""
     levels = (images * 255).round().byte().cpu().flatten(1).numpy()
+    # The seed is the key of the hash, so that other seeds give unrelated numbers for the same image.
     digests = [
         hashlib.blake2b(pixels.tobytes(), digest_size=8, key=str(seed).encode()).digest() for pixels in levels
     ]
@@ -30,6 +31,7 @@ def uniform(keys: Tensor, stream: int, *shape: int) -> Tensor:
     # The stream's start is computed in Python integers and wrapped to a signed 64-bit number.
     counter = torch.arange(math.prod(shape), device=keys.device)
     start = mixed(keys + ((stream * GOLDEN + 2**63) % 2**64 - 2**63))
+    # The n-th number of splitmix64 is the hash of start + n * GOLDEN, whatever came before.
     bits = mixed(start[:, None] + (counter + 1) * GOLDEN)
     # The upper 23 bits, at the centers of 2^23 equal intervals: never exactly 0 or 1.
     return ((_shifted(bits, 41).float() + 0.5) / 2**23).view(-1, *shape)
@@ -37,6 +39,7 @@ def uniform(keys: Tensor, stream: int, *shape: int) -> Tensor:
 
 def normal(keys: Tensor, stream: int, *shape: int) -> Tensor:
     """Standard normal numbers (N, *shape), float32, by the inverse of the error function."""
+    # Never infinite: uniform numbers are strictly inside (0, 1), and float32 holds twice them less 1 exactly.
     return torch.erfinv(uniform(keys, stream, *shape) * 2 - 1).mul(2**0.5)
 
 

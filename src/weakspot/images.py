@@ -101,6 +101,7 @@ def open_pictures(
         raise FileNotFoundError(f"{source} does not exist")
     if not source.is_dir():
         return [_open_picture(source, source.name, size, channels, marks)]
+    # os.walk passes over folders that it cannot read, unless it is given `onerror`.
     unreadable: list[Path] = []  # folders
     files = [
         Path(folder, name)
@@ -150,6 +151,8 @@ def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels:
         if path.stat().st_size == 0:
             return Picture(name, None, "the file is empty (0 bytes); skipped")
         with quiet():  # Pillow's own warnings; the remarks here name the file
+            # Loads all of Pillow's formats, so that the list is complete. EPS is left out: Pillow would start
+            # another program, Ghostscript, to read it.
             Image.init()
             with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
                 return _decode(opened, name, size, channels, marks)
@@ -200,6 +203,7 @@ def _eight_bits(image: Image.Image, *, marks: bool) -> Image.Image:
     """Convert 16 and 32-bit gray to 8 bits, and lay transparent images on white; of marks, take the opacity."""
     if image.mode.startswith("I"):
         deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
+        # Mode I holds 16-bit files as well as 32-bit ones; the values tell which.
         top = 65535 if deep.max() <= 65535 else 2**32 - 1
         return Image.fromarray(np.rint(deep.clip(0) * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:

@@ -100,6 +100,7 @@ def _find_logits(output: object) -> Tensor | None:
         return _find_logits(named)
     parts: list[object] = []
     if isinstance(output, Mapping):
+        # These names first: a mapping may also hold the logits of an auxiliary head.
         parts = [output[key] for key in ("logits", "out") if key in output] or list(output.values())
     elif isinstance(output, tuple | list):
         parts = list(output)
@@ -128,6 +129,7 @@ def logit_scale(logits: Tensor) -> Tensor:
 
     The range of one row will not do: of two classes, the margin is always the whole range.
     """
+    # Logits that are large and close together are rounded by their size, not by their range.
     spread = logits.max() - logits.min()
     return torch.maximum(spread, 0.1 * logits.abs().max()).clamp(min=torch.finfo(logits.dtype).tiny)
 
@@ -209,6 +211,7 @@ def _probe(model: nn.Module, images: Tensor, multiple: int) -> Tensor | None:
     probes = probe_images(images)
     for batch in (probes, probes[:5]):
         try:
+            # With gradients, so that the graph shows whether a sigmoid came last.
             output: Tensor = copy(filled(batch, multiple).requires_grad_())
         except Exception:  # noqa: BLE001, S112 - not every network takes images beyond [0, 1]
             continue

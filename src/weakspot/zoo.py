@@ -21,6 +21,7 @@ def two_conv(*, classes: int = 10, channels: int = 1, size: tuple[int, int] = (2
         channels: of the images.
         size: (height, width) of the images, both at least 4.
     """
+    # A 4 x 4 kernel with stride 2 and padding 1 halves a side, rounded down.
     height, width = (side // 2 // 2 for side in size)
     network = nn.Sequential(
         nn.Conv2d(channels, 16, 4, 2, 1),
@@ -48,6 +49,7 @@ def resnet20(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (3
         channels: of the images.
         size: (height, width) of the images.
     """
+    # Three blocks for each width; the first block of each wider stage halves the sides.
     stages = [
         _Block(before, after, 2 if number == 0 and before != after else 1)
         for start, after in zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False)
@@ -82,6 +84,7 @@ class _Block(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         shortcut = maps[:, :, :: self.stride, :: self.stride] if self.stride > 1 else maps
         if self.added:
+            # F.pad counts axes from the last one: nothing around width and height, zeros around the channels.
             shortcut = F.pad(shortcut, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
         hidden = torch.relu(self.first_norm(self.first(maps)))
         return torch.relu(self.second_norm(self.second(hidden)) + shortcut)
@@ -100,6 +103,7 @@ def preact_resnet18(*, classes: int = 10, channels: int = 3, size: tuple[int, in
         channels: of the images.
         size: (height, width) of the images.
     """
+    # Two blocks for each width; the first block of every stage but the first halves the sides.
     blocks = [
         _PreactBlock(before, after, 1 if number or after == PREACT_WIDTHS[0] else 2)
         for start, after in zip((PREACT_WIDTHS[0], *PREACT_WIDTHS), PREACT_WIDTHS, strict=False)

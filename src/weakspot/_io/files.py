@@ -24,9 +24,11 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         write(path)
         return
     path = Path(os.path.realpath(path))
+    # In the same folder, because a rename is atomic only within a file system.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(draft)
+        # Before the rename: a loss of power must not leave the new name with no content behind it.
         if durable:
             synchronize(draft)
         draft.replace(path)
@@ -82,6 +84,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
             "host": platform.node(),
             "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
+        # A holder that died leaves its own content, which may be longer.
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
@@ -127,6 +130,7 @@ def _try_lock(handle: int) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    # Windows has no fcntl, and some network file systems have no locks.
     except (ImportError, OSError):
         pid = _holder(handle).get("pid")
         return pid is None or pid == str(os.getpid()) or not _is_alive(int(pid))
@@ -135,6 +139,7 @@ def _try_lock(handle: int) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
+        # Signal 0 is not sent; the call only checks whether the process exists.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

@@ -20,6 +20,7 @@ class FetchError(Exception):
 
 
 PARALLEL_FETCHES = 8
+# These concern one file; any other error concerns the host or the network.
 UNAVAILABLE = (FileNotFoundError, IsADirectoryError, PermissionError)
 
 
@@ -119,6 +120,7 @@ def fetched(urls: Sequence[str]) -> list[bytes | None]:
         return list(pool.map(fetch, urls))
 
 
+# The host is asked once for each file, and not once for each row of an array in it.
 @lru_cache(maxsize=64)
 def local_copy(url: str) -> Path:
     """Fetch a file into the cache of this machine, unless an unchanged copy is there.
@@ -129,12 +131,14 @@ def local_copy(url: str) -> Path:
     """
     system, path = place(url)
     try:
+        # It changes with the file, so that a changed file gets another name in the cache.
         state = str(system.ukey(path))
         name = f"{hashlib.blake2b(f'{url} {state}'.encode(), digest_size=16).hexdigest()}{Path(path).suffix}"
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "weakspot", "fetched")
         home.mkdir(parents=True, exist_ok=True)
         if not (home / name).exists():
             write_atomic(home / name, lambda draft: system.get_file(path, str(draft)))
+    # Callers tell a file that is gone (it is missing) from a host that does not answer (the work stops).
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -47,6 +47,7 @@ def adaptive_descent(
     judged, last = checkpoints(steps), 0
     for step in range(steps + 1):
         point = part.apply(state.perturbation)
+        # The last point is only judged: no step follows it.
         descent = part.loss_and_gradient(point, loss) if step < steps else None
         margins = part.evaluate(point) if descent is None else descent.margins
         margins = part.file_margins(point, margins)
@@ -118,6 +119,7 @@ class _State:
     def move(self, problem: Problem) -> None:
         """One step along the direction, with momentum (algorithm 1)."""
         step = self.size * problem.ball.steepest_step(self.direction, self.perturbation)
+        # Projected twice, as in the paper: the plain step, and what momentum makes of it.
         plain = problem.project(self.perturbation + step)
         moved = (
             self.perturbation

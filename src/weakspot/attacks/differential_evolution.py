@@ -100,6 +100,7 @@ def _first_candidates(problem: Problem, population: int, count: int) -> _Candida
     numbers = (_random.uniform(keys, 0, population * count) * allowed.sum(1, keepdim=True)).long()
     # The n-th site of the region is the first with n sites of it counted so far.
     sites = torch.searchsorted(allowed.cumsum(1), numbers + 1)
+    # The middle of each pixel, because places are cut to whole numbers.
     places = torch.stack([sites // width, sites % width], 2).float() + 0.5
     colors = (MEAN + SPREAD * _random.normal(keys, 1, population, count, channels)).clamp(0, 1)
     return _Candidates(places.view(len(keys), population, count, 2), colors)
@@ -107,12 +108,14 @@ def _first_candidates(problem: Problem, population: int, count: int) -> _Candida
 
 def _three_others(keys: Tensor, generation: int, population: int) -> tuple[Tensor, Tensor, Tensor]:
     """For every candidate three of the population, each (N, population), no two the same."""
+    # Streams 0 and 1 drew the first candidates.
     numbers = _random.uniform(keys, 1 + generation, 3, population)
     first = (numbers[:, 0] * population).long()
     # One of the others: numbers from the first one on are shifted by one.
     second = (numbers[:, 1] * (population - 1)).long()
     second = second + (second >= first)
     third = (numbers[:, 2] * (population - 2)).long()
+    # One of the rest: shifted past the lower of the two, then past the higher.
     low, high = torch.minimum(first, second), torch.maximum(first, second)
     third = third + (third >= low)
     return first, second, third + (third >= high)
@@ -149,6 +152,7 @@ def _evaluate(problem: Problem, children: _Candidates, parents: _Candidates | No
     names = _names(children, owners)
     earlier = names.new_zeros(0) if parents is None else _names(parents, owners).flatten()
     every, places = torch.unique(torch.cat([earlier, names.flatten()]), return_inverse=True)
+    # One value for each name, NaN until it is known.
     margins, fitness = (torch.full((len(every),), torch.nan, device=every.device) for _ in range(2))
     if parents is not None:
         margins[places[: len(earlier)]] = parents.margins.flatten()

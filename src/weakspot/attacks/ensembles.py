@@ -96,6 +96,7 @@ def _stages(problem: Problem, order: Tensor) -> list[Stage]:
         return square_search(problem.select(active), queries=QUERIES, stream=1000, progress=progress)
 
     stages = [descent(cross_entropy, 0), descent(dlr, 1)]
+    # With two classes, the untargeted descents aim at the only other one already.
     if problem.targets is None and count > 2:
         stages += [descent(dlr, 2 + place, place) for place in range(min(CLASSES, count - 1))]
     return [*stages, squares]

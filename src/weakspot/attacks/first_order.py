@@ -98,6 +98,7 @@ def estimate_cells(linear: Linearization, grid: int, norm: str = "linf") -> Tens
     """(N, gh, gw) the estimate for each cell of a grid; infinite where no change inside the cell is enough."""
     clean = linear.clean
     numbers, shape = cell_numbers((clean.shape[2], clean.shape[3]), grid)
+    # Sites cell by cell, as `_estimate` needs them.
     owners, sites = numbers.flatten().to(clean.device).sort(stable=True)
     images = torch.arange(len(clean), device=clean.device)
     count = shape[0] * shape[1]
@@ -124,6 +125,7 @@ def estimate_places(linear: Linearization, masks: Tensor, norm: str = "linf") ->
         (N, M, T) one size per competing class, infinite where no change inside the place is enough to first order.
     """
     masks = masks.expand(len(linear.clean), -1, -1, -1, -1).flatten(2)
+    # Image by image and place by place, as `_estimate` needs them.
     images, places, sites = masks.nonzero(as_tuple=True)
     count = masks.shape[1]
     of_places = torch.arange(len(masks), device=masks.device).repeat_interleave(count)
@@ -198,6 +200,7 @@ def _solve(strength: Tensor, room: Tensor, owners: Tensor, margins: Tensor, norm
     for _ in range(ROUNDS):
         wanted = size[owners][:, :, None] * rate
         missing = needed - total(strength * torch.minimum(wanted, room))
+        # Values that have used their room no longer move.
         slope = total(strength * rate * (wanted < room))
         moving = (missing > REACHED * needed.abs()) & (slope > 0)
         if not bool(moving.any()):

@@ -38,10 +38,12 @@ def settle(
     grid = _Grid(problem, images, measure, needed)
     nearest = grid.place((TOP * images).round(), grid.changed)
     otherwise = torch.where(fools[:, None, None, None], images, nearest)
+    # The nearest levels first, on images that fool and were changed.
     left = _numbers(fools & grid.changed.flatten(1).any(1))
     grid.take(left, nearest[left])
     left = left[grid.size[left].isinf()]
     if len(left):
+        # Where those do not fool: changes rounded outward, then a few values moved along the gradient.
         away = grid.place(_away(images, problem.clean), grid.changed)
         grid.take(left, away[left])
         point = grid.move_few(left, nearest[left], grid.changed[left])
@@ -69,6 +71,7 @@ class _Grid:
         value = TOP * problem.clean
         # At least one level, so that there is a level on either side of a clean value between two of them.
         reach = (TOP * change.abs().amax((1, 2, 3), keepdim=True) - NEAR).ceil().clamp(min=1)
+        # The levels within reach; NEAR keeps those at its ends in spite of rounding.
         self.low = (value - reach - NEAR).ceil().clamp(min=0)
         self.high = (value + reach + NEAR).floor().clamp(max=TOP)
         self.images = images

@@ -124,6 +124,7 @@ def strattack(
             left = (1 - sparsity * step / length.clamp(min=1e-20)).clamp(min=0)
             return perturbation * left.gather(1, groups.flatten(1)).view_as(groups)
 
+        # Steps of one search: there is one for each weight that is tried.
         refining = max(1, int(REFINING * steps) // SEARCHES)
         searching = max(1, steps // SEARCHES - refining)
         with problem.fused_model():
@@ -140,6 +141,7 @@ def strattack(
 def _within_groups(best: BestSoFar, groups: Tensor) -> BestSoFar:
     """The smallest L2 length so far, on a problem whose region is the groups that were changed."""
     problem, images = best.problem, best.images
+    # Of each group, and from that of each site: (N, H * W).
     changed = (group_lengths(images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
     inside = replace(problem, region=problem.region & changed.view_as(groups), everywhere=False)
     refined = BestSoFar(inside, squared, best.confidence)

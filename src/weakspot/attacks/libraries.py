@@ -77,6 +77,7 @@ Library = Callable[[Task, nn.Module], Any]
 def _foolbox(task: Task, model: nn.Module) -> Any:
     foolbox = importlib.import_module("foolbox")
     problem = task.problem
+    # In foolbox an argument of the call, not of the attack's class.
     eps = task.options.pop("epsilons", task.eps)
     attack = task.make(distance=foolbox.distances.LpDistance(task.norm or 2))
     norm = getattr(getattr(attack, "distance", None), "p", None)
@@ -91,6 +92,7 @@ def _foolbox(task: Task, model: nn.Module) -> Any:
         else foolbox.criteria.TargetedMisclassification(problem.targets)
     )
     network = foolbox.PyTorchModel(model, bounds=(0, 1), device=problem.clean.device)
+    # foolbox returns raw images, images clipped to the budget, and success.
     return attack(network, task.images, criterion, epsilons=eps)[1]
 
 
@@ -103,6 +105,7 @@ def _torchattacks(task: Task, model: nn.Module) -> Any:
             task.check_norm(math.inf, 2)
         else:
             task.check_norm(2 if "L2" in task.attack.__name__ else math.inf)
+    # Defaults only: `make` leaves out what the class does not take and what the user set.
     given: dict[str, object] = {}
     if task.eps is not None:
         given |= {"eps": task.eps, "norm": {math.inf: "Linf", 2: "L2", 1: "L1", None: None}[task.norm]}

@@ -136,6 +136,7 @@ class _Watched(nn.Module):
 def _nearest(images: Tensor, clean: Tensor) -> Tensor:
     """(M,) the number of the clean image that each of (M, C, H, W) is an attempt on."""
     rows = torch.arange(len(clean), device=clean.device)
+    # A batch as large as the given one is taken to hold one attempt on each image, in order.
     if len(clean) == 1 or len(images) == len(clean):
         return rows.expand(len(images))
     return torch.cdist(images.flatten(1), clean.flatten(1)).argmin(1)
@@ -151,6 +152,7 @@ def _run(library: Library, task: Task) -> Tensor:
         with seeded(number, clean.device), quiet(), redirect_stdout(sys.stderr):
             made = library(task, _Watched(task.problem))
     except ValueError as error:
+        # A sentence of `Task.refuse` already.
         if str(error).startswith(f"attack {task.name}"):
             raise
         raise task.refuse(f"failed: {_sentence(error)}") from error

@@ -58,6 +58,7 @@ def log_odds(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     It has the order of p, and still distinguishes images for which p is 1 in float32.
     """
     classes = labels if targets is None else targets
+    # In p / (1 - p) the softmax's denominator cancels: exp z over the sum of the other exponentials.
     others = logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1)
     odds = logits.gather(1, classes[:, None])[:, 0] - others
     return odds if targets is None else -odds

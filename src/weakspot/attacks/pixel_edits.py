@@ -25,6 +25,7 @@ class Painted(NamedTuple):
 def paint(images: Tensor, sites: Tensor, colors: Tensor) -> Tensor:
     """Images (M, C, H, W) with the sites (M, P), numbered in reading order, repainted in colors (M, P, C)."""
     flat = images.flatten(2).clone()
+    # (M, C, P): every channel of a site is repainted.
     places = sites[:, None].expand(-1, images.shape[1], -1)
     return flat.scatter_(2, places, colors.transpose(1, 2).to(flat)).view_as(images)
 

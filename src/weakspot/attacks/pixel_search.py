@@ -79,6 +79,7 @@ class _CornerSearch:
         self.best, self.lowest = images.clone(), torch.full_like(images[:, 0, 0, 0], torch.inf)
         self.corners = color_grid(2, images)
         self.order, allowed = in_gradient_order(problem, images, self.corners)
+        # Candidates outside the region are never tried.
         self.seen = ~allowed
         sites = images.shape[2] * images.shape[3]
         self.site_margins = torch.full((len(images), sites), torch.inf, device=images.device)
@@ -110,6 +111,7 @@ class _CornerSearch:
         ranked = start < self.by_gradient[active]
         ranks = self.order[active, start : start + ROUND]
         chosen = torch.zeros_like(self.seen[active]).scatter_(1, ranks, value=True)
+        # Images that have gone through their ranks take neighbors instead.
         chosen &= ranked[:, None]
         if not bool(ranked.all()):
             margins = self.site_margins[active].masked_fill(self.used[active], torch.inf)
@@ -122,6 +124,7 @@ class _CornerSearch:
             near = F.max_pool2d(centers.view(-1, 1, height, width).float(), 3, 1, 1) > 0
             chosen |= near.view(len(active), -1, 1).expand(-1, -1, len(self.corners)).flatten(1)
         chosen &= ~self.seen[active]
+        # Of more candidates than passes are left, those with the lowest numbers.
         chosen &= chosen.cumsum(1) <= (self.limit - self.spent[active])[:, None]
         self.seen[active] |= chosen
         return chosen
@@ -165,6 +168,7 @@ def _between_corners(
     colors = color_grid(max(2, round(COLORS ** (1 / channels))), images)
     best = site_margins.topk(min(FINER, site_margins.shape[1]), largest=False)
     ranks = torch.arange(best.values.shape[1], device=images.device)
+    # A site is tried in all colors of the grid or in none.
     tried = best.values.isfinite() & (ranks < (left_over // len(colors))[:, None])
     table = torch.full((count, len(ranks), len(colors)), torch.inf, device=images.device)
     owners, places = tried.nonzero().unbind(1)

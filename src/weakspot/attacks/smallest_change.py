@@ -180,6 +180,7 @@ class SmallestChange:
         whole = count + self.rounds + 1
         self.toward = starts.classes[:, 0].clone()
         for number in range(count):
+            # Size 0 is that of an image that is misclassified without a change, for which no class is tried.
             wanted = starts.sizes[:, number] < WORTH * best.size if number else best.size > 0
             rows = wanted.nonzero()[:, 0]
             # A further class must need less than the best class so far, so its round starts inside that change.
@@ -259,6 +260,7 @@ class SmallestChange:
             self.best.record(part.apply(change), margins, rows)
             if targets is not None:
                 own, wanted = logits.gather(1, part.labels[:, None]), logits.gather(1, targets[:, None])
+                # Nearest to the class that is aimed at, whichever class is next.
                 margins = (own - wanted)[:, 0]
             lower = margins < lowest
             nearest, lowest = torch.where(spread(lower), change, nearest), torch.where(lower, margins, lowest)
@@ -309,6 +311,7 @@ class SmallestChange:
             change = norm.into(change + length * ball * norm.unit(velocity), ball)
             change = (part.clean + change).clamp(0, 1) - part.clean
             idle = torch.where(improved | best.size[rows].isinf(), 0, idle + 1)
+            # Searches that have fooled, but found nothing smaller for so many steps, leave the round.
             if pace is FIRST and first and bool((idle >= PATIENCE).any()):
                 on = idle < PATIENCE
                 part, rows, idle = part.select(on), rows[on], idle[on]

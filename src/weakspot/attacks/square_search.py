@@ -33,6 +33,7 @@ def square_search(
         Images (N, C, H, W) of lowest margin and those margins (N,), as from `Problem.file_margins`.
     """
     channels, height, width = problem.clean.shape[1:]
+    # One sign for each channel of each column: vertical stripes.
     signs = _random.uniform(problem.keys, stream, channels, 1, width).sub(0.5).sign().to(problem.clean)
     everywhere = torch.ones_like(problem.region)
     perturbation = _paint(problem, everywhere, signs, torch.zeros_like(problem.clean))
@@ -62,6 +63,7 @@ def square_search(
         if bool(better.any()):
             perturbation = torch.where(better[:, None, None, None], candidate, perturbation)
             best[active[better]], reached[active[better]] = images[better], margins[better]
+            # Squares are accepted by `reached`; an image leaves only if its file fools as well.
             lowest[active[better]] = part.select(better).file_margins(images[better], margins[better])
             unfooled = lowest[active] >= 0
             active, part = active[unfooled], part.select(unfooled)
@@ -85,4 +87,5 @@ def _side(fraction: float, height: int, width: int) -> int:
     """The side of squares after a fraction of all queries: their area halves again and again."""
     halvings = sum(fraction * 10_000 > mark for mark in HALVED_AT)
     side = round(math.sqrt(FIRST_FRACTION / 2**halvings * height * width))
+    # At most one pixel less than the image's sides, so that a square has several places.
     return max(1, min(side, height - 1 or 1, width - 1 or 1))

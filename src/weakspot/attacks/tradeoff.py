@@ -89,6 +89,7 @@ class BestSoFar:
         low, high = torch.zeros_like(self.lowest), torch.full_like(self.lowest, torch.inf)
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(SEARCHES):
+            # Whether this weight fools, whatever earlier ones did.
             self.fooled = torch.zeros_like(self.fooled)
             descend(weights, self.record, part(progress, number, number + 1, SEARCHES))
             # A weight that fools is an upper end of the bracket, one that does not a lower end.

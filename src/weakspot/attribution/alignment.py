@@ -54,6 +54,7 @@ class Axis:
     def resized(self, before: int, after: int) -> Axis:
         """After resizing from so many cells to so many, both covering the same pixels."""
         stride = self.stride * before / after
+        # Both grids begin at the same border, so the first center moves by half of what a cell grows.
         return Axis(self.offset + (stride - self.stride) / 2, stride, self.reach + max(stride, self.stride))
 
 
@@ -96,6 +97,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     known = receptive_grid(classifier, image, layer)
     # Without known receptive fields, cells that tile the image.
     strides = [axis.stride for axis in known] if known else [a / b for a, b in zip(size, cells, strict=True)]
+    # The middle cell or two with a neighbor on each side, as far as there are any: far from the padding.
     central = [slice((count - 1) // 2 - (count > 2), count // 2 + 1 + (count > 2)) for count in cells]
     energy = torch.zeros(size, device=image.device)
     probes = _probes(image)
@@ -164,6 +166,7 @@ class _Grids(DispatchMode):
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
+        # By identity, because tensors compare value by value; weakly, so that activations can be freed.
         self.known: MutableMapping[Tensor, Grid] = WeakIdKeyDictionary({image: (Axis(), Axis())})
 
     def __torch_dispatch__(
@@ -174,6 +177,7 @@ class _Grids(DispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         output = func(*args, **(kwargs or {}))
+        # Max pooling and batch norm return several tensors, of which the map is the first.
         made = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(made, Tensor) and made.ndim == 4:
             sources = [tensor for tensor in _tensors(args) if tensor in self.known]
@@ -186,6 +190,7 @@ class _Grids(DispatchMode):
     def _after(self, name: str, args: Arguments, sources: list[Tensor], made: Tensor) -> Grid | None:
         rows, columns = self.known[sources[0]]
         sizes = sources[0].shape[2:], made.shape[2:]
+        # args[6] of aten::convolution says whether it is transposed.
         if name == "convolution" and args[6]:
             return rows.transposed(*_convolution(args)[0]), columns.transposed(*_convolution(args)[1])
         if name in _WINDOWS:
@@ -196,6 +201,7 @@ class _Grids(DispatchMode):
             left, top = padding[0], padding[2]
             return rows.sliced(-top, 1), columns.sliced(-left, 1)
         if name == "slice" and args[1] in {2, 3, -1, -2}:
+            # aten::slice(input, dim, start, end, step); the last arguments may be missing.
             start, _, step = (*args[2:], None, None, None)[:3]
             size = sources[0].shape[args[1]]
             move = (max(start + size, 0) if start and start < 0 else start or 0, step or 1)

@@ -126,6 +126,7 @@ def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Ten
     maps = layer.layout.maps(activation).detach()[:count]
     if layer.head is not None:
         return torch.einsum("nmc,nchw->nmhw", layer.head[classes], maps).float()
+    # Without such a head: Grad-CAM, with one backward pass through the same graph for each class.
     evidence = []
     for wanted in classes.unbind(1):
         # The sum over images has each image's own gradient in its own row.

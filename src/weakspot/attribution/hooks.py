@@ -92,6 +92,7 @@ def default_layers(classifier: Classifier, image: Tensor) -> dict[str, Place]:
 
 def _two(classifier: Classifier, image: Tensor) -> Tensor:
     """Two images, so that something made once for all images is not taken for a map of one."""
+    # A network that takes one image at a time gets one.
     return classifier.filled(noise_like(image).expand(2, -1, -1, -1)[: classifier.fixed_batch or 2])
 
 
@@ -127,6 +128,7 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
         return output
 
     with ExitStack() as stack:
+        # Each forward pass counts its calls from the start.
         stack.enter_context(hooked(classifier, lambda *_: turns.clear(), before=True))
         for module in wanted:
             stack.enter_context(hooked(module, hook))
@@ -139,6 +141,7 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
 def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]) -> Iterator[None]:
     """The classifier in its fused form, unless that would change the maps of one of the places."""
     with ExitStack() as stack:
+        # Folding puts batch norm into the convolution before it, which then returns other maps.
         makers = {place.maker for place in places.values()}
         if makers.isdisjoint(folded_convolutions(classifier, image)):
             stack.enter_context(fused(classifier, image))
@@ -213,6 +216,7 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
                 )
         classifier(images)
     return [
+        # How often a module is called is known only after the pass.
         replace(one, place=replace(one.place, calls=turns[one.name.partition(" (call ")[0]]))
         for one in outputs
     ]
@@ -220,6 +224,7 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
 
 def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
     """The ends of chains of a learned operation, norms and activations, and blocks; each tensor once."""
+    # Before the first operation with weights there is only the image, for example normalized.
     first = next((number for number, output in enumerate(outputs) if output.learned and output.leaf), 0)
     rest = outputs[first:]
     outermost = {output.made: number for number, output in enumerate(rest)}  # the last to return it
@@ -236,6 +241,7 @@ def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
     return [
         output
         for number, output in enumerate(rest)
+        # Each tensor once: the ends of chains and, of tensors that no chain made, those of blocks.
         if outermost[output.made] == number
         and (output.made not in continued if output.made in chained else not output.leaf)
     ]
@@ -288,6 +294,7 @@ def _with_first(output: object, tensor: Tensor) -> object:
     if isinstance(output, tuple | list):
         place = next(number for number, item in enumerate(output) if isinstance(item, Tensor))
         items = [*output[:place], tensor, *output[place + 1 :]]
+        # A named tuple takes its items one by one.
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if is_dataclass(output) and not isinstance(output, type):
         return replace(output, last_hidden_state=tensor)

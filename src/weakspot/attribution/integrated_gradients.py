@@ -176,6 +176,7 @@ def sampled_drop(
     paths = _Paths(classifier, clean, adversarial, classes[:, 0], classes[:, 1])
     counts = torch.tensor([len(own) for own in fractions])
     with fused(classifier, clean[:1]):
+        # Images with equally many points are integrated together.
         for points in counts.unique().tolist():
             same = (counts == points).nonzero()[:, 0]
             places = torch.stack([fractions[number] for number in same.tolist()]).to(clean)

@@ -90,6 +90,7 @@ def _tiles(height: int, width: int, image: Tensor) -> bool:
     if height * width <= 1:
         return False
     sides = ((image.shape[-2], height), (image.shape[-1], width))
+    # One patch side p fits both axes: floor(side / p) = cells if the rest is cut off, ceil if it is padded.
     cut = max(side / (cells + 1) for side, cells in sides) < min(side / cells for side, cells in sides)
     filled = max(side / cells for side, cells in sides) < min(
         side / max(cells - 1, 1e-9) for side, cells in sides

@@ -49,6 +49,7 @@ def occlusion(
         classes = classes.to(images.device, torch.long)
         groups = cells(images.shape[2], images.shape[3], cell).to(images.device)
         batches = windowed(groups, cell)
+        # One recording of the network serves all images, which have one size.
         prepared = prepare(classifier, images[:1])
         maps = []
         for image, wanted in zip(images.split(1), classes, strict=True):
@@ -57,6 +58,7 @@ def occlusion(
             check_classes(classes, len(images), logits.shape[1], name="classes")
             before = logits[0, wanted]
             covered = exchanged(edits, _cover(image, fill), batches)[:, wanted]
+            # One fall for each cell (G,), put at every pixel of the cell by its number.
             maps.append((before - covered)[groups][None, None].float())
     return torch.cat(maps)
 

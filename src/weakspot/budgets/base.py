@@ -78,6 +78,7 @@ class _Bound:
     def project(self, perturbation: Tensor, region: Tensor | None = None) -> Tensor:
         if region is None:
             return self.budget.project(perturbation, self.images)
+        # Before, so that nothing outside spends the budget; after, since projections may add something there.
         wanted = torch.where(region, perturbation, 0)
         return torch.where(region, self.budget.project(wanted, self.images), 0)
 

@@ -102,6 +102,7 @@ class L1:
         """
         wanted = _inside(perturbation, region).flatten(1)
         flat = images.flatten(1)
+        # How far each entry may move in its own direction before it leaves the box.
         room, size = torch.where(wanted < 0, flat, 1 - flat), wanted.abs()
         low = torch.zeros_like(size[:, :1])
         high = size.amax(1, keepdim=True)
@@ -118,6 +119,7 @@ class L1:
             # The slope is minus the number of entries that are neither zero nor at the end of their room.
             slope = ((left > 0) & (left < room)).sum(1, keepdim=True)
             newton = shrink + over / slope.clamp(min=1)
+            # Where Newton's step has no slope or leaves the bracket, the bracket is halved.
             bracketed = (slope > 0) & (newton > low) & (newton < high)
             step = torch.where(bracketed, newton, (low + high) / 2)
             shrink = torch.where(solved, shrink, step)
@@ -139,6 +141,7 @@ class L1:
         while True:
             largest = strength.topk(count, 1).indices
             taken = room.gather(1, largest)
+            # What the entries of larger gradients have spent.
             before = taken.cumsum(1) - taken
             if count == rows.shape[1] or bool((before[:, -1] >= self.eps).all()):
                 break

@@ -56,6 +56,7 @@ class Patches:
 
     def total(self, patches: Tensor) -> Tensor:
         """Sum over the pixels of each patch."""
+        # Axes 3 and 5 are the rows and columns within a patch.
         return patches.sum(5, keepdim=True).sum(3, keepdim=True)
 
     def within(self, patches: Tensor) -> Tensor:
@@ -76,6 +77,7 @@ class Patches:
         """d1^2 and d2^2 of every patch and channel."""
         mean, centered = self.parts(changed)
         level, structure = self.denominators(mean, centered)
+        # Of a patch of one pixel both parts of d2^2 are zero; it then counts as zero.
         return mean.square() / level, self.total(centered.square()) / structure.clamp(min=TINY)
 
     def in_box(self, perturbation: Tensor, region: Tensor | None) -> Tensor:

@@ -138,6 +138,7 @@ class _GlobalSSIM:
         precision = torch.float32 if perturbation.device.type == "mps" else torch.float64
         patches = self.patches
         mean, centered = patches.parts(patches.split(perturbation))
+        # At fraction t, the denominator of d2^2 is bound + t (2 product + t square).
         product = patches.total(patches.centered * centered).to(precision)
         square = patches.total(centered.square_()).to(precision)
         bound = (2 * patches.energy + patches.steady).to(precision)
@@ -150,6 +151,7 @@ class _GlobalSSIM:
             return (structure + levels).mean(ALL_BUT_IMAGES, keepdim=True)
 
         limit = self.eps * MARGIN
+        # The whole perturbation first: if it is within the budget, the search ends at once.
         fraction = torch.ones_like(mean[:, :1, :1, :, :1]).view(-1, 1, 1, 1, 1, 1)
         low, high = torch.zeros_like(fraction), fraction
         for number in range(80):
@@ -204,6 +206,7 @@ class _LocalSSIM:
         if bool(cut.any()):
             start = patches.split(patches.in_box(perturbation, region))
             allowed = None if region is None else patches.split(region.expand_as(patches.images))
+            # Through the view that `by_patch` returns, this writes into `inside`.
             by_patch(inside)[cut] = self._alternated(start, allowed, cut)
         return patches.join(inside * self._fractions_within(inside))
 
@@ -269,6 +272,7 @@ class _LocalSSIM:
         level = (mean.square(), patches.mean * mean, 2 * patches.mean.square() + C1)
         fraction = torch.ones_like(mean)
         for square, product, bound in (structure, level):
+            # From t^2 square <= eps (bound + 2 t product + t^2 square), sorted by powers of t.
             a, b, c = (1 - eps) * square, -eps * product, eps * bound
             # This form of the root does not cancel where b is positive.
             root = c / (b + (b.square() + a * c).sqrt()).clamp(min=TINY)

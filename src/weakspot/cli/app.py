@@ -150,6 +150,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 parameters.append(parameter.replace(annotation=hints[name]))
                 continue
             types = get_type_hints(groups[name], include_extras=True)
+            # The help shows the options of a group in the panel of the group, unless they name another one.
             for info in (info for kind in types.values() for info in getattr(kind, "__metadata__", ())):
                 info.rich_help_panel = info.rich_help_panel or getattr(groups[name], "panel", None)
             parameters += [

@@ -133,6 +133,7 @@ def audit(
     else:
         table, where = {}, resume
     with (
+        # Text that a model prints must not end up among the results.
         redirect_stdout(sys.stderr),
         warnings_as_notes(output.quiet),
         _progress(output.silent) as watch,
@@ -216,6 +217,7 @@ def _resumable(where: str) -> Iterator[None]:
         raise KeyboardInterrupt
 
     previous = None
+    # Python lets only the main thread set handlers of signals.
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -223,6 +225,7 @@ def _resumable(where: str) -> Iterator[None]:
     except AuditInterrupt as interrupted:
         raise Failure(f"interrupted; {interrupted}", RESUMABLE) from None
     except KeyboardInterrupt:
+        # Without run.json there is nothing that --resume could continue.
         begun = exists(f"{where.rstrip('/')}/run.json")
         remedy = f"continue with weakspot audit --resume {shlex.quote(where)}"
         raise Failure(f"interrupted; {remedy if begun else 'nothing was written'}", RESUMABLE) from None

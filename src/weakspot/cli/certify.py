@@ -254,6 +254,7 @@ def _certify_pixels(
         progress=session.display.step("certifying", total=len(read.names)),
     )  # fmt: skip
     session.display.step("writing")
+    # Whole paths, because --check reads the images by these names.
     certificate = replace(certificate, names=tuple(read.paths))
     rows = []
     for number, name in enumerate(read.names):
@@ -273,6 +274,7 @@ def _certify_pixels(
             }
         )
     scores = pd.DataFrame(rows)
+    # Before the new certificate replaces the one that names the earlier files.
     remove_earlier(session.out)
     certificate.to_json(session.out / FILES[0])
     draw_pictures(session.out / FILES[1], certificate, scores)

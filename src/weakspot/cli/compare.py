@@ -95,6 +95,7 @@ def _print(comparison: Comparison, *, every: bool) -> None:
         table = make_table((*headings, "images", "q") if every else headings, fold=())
         lines = []
         for _, row in rows:
+            # NaN, which stands for no interval, is not equal to itself.
             interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
             lines.append([number(row["before"]), number(row["after"]), number(row["difference"]) + interval])
         # The names share what the numbers leave of a line.

@@ -125,6 +125,7 @@ def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:
         try:
             imported.append(importlib.import_module(name))
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything, and this reports it
+            # The package itself is missing, and not one that it imports.
             if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
                 return f"{name} is not installed; run: pip install 'weakspot[{extra}]'"
             return f"{name} {BROKEN}: {describe_error(error)[:100]}"

@@ -124,6 +124,7 @@ def explain(
                 on_analysis=screen.update,
             )
         except KeyboardInterrupt:
+            # Finished analyses are written all the same; before the first one, there is nothing to keep.
             if screen.latest is None:
                 raise
             explanation, interrupted = screen.latest, True

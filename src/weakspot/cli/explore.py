@@ -92,6 +92,7 @@ def explore(
         raise Failure("--dissected has no effect on an audit (explore the images themselves)")
     address = Address(host, port, base_url, token, browser=not no_browser, quiet=output.quiet)
     if runs:
+        # The runs stay open until the page is no longer served; the display of progress ends before.
         with ExitStack() as opened:
             with warnings_as_notes(output.quiet), progress_display(output.silent) as display:
                 service = address.service(opened.enter_context(run_desk(runs, network, display)))
@@ -181,6 +182,7 @@ def _check_token(token: str | None) -> None:
 
 def _model_options(network: ModelOptions) -> Sequence[str]:
     """The options of the model, as they are typed."""
+    # Only what differs from the defaults.
     return [
         part
         for name in ("model", "weights", "mean", "std", "classes", "size")

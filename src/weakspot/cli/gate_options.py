@@ -45,6 +45,7 @@ class GateOptions:
         if not self.fail_if:
             raise Failure("--junit has no effect without --fail-if")
         check_writable("--junit", self.junit)
+        # A link such as /dev/stdout stays.
         if self.junit.is_file() and not self.junit.is_symlink():
             self.junit.unlink()  # so that no earlier verdict is taken for the one of this run
 

@@ -169,6 +169,7 @@ def _table(
             }
         )
     table = pd.DataFrame(rows)
+    # Integers of which some are missing: as floats, they would be written with a decimal point.
     whole = ["side", "top", "left", "cells_found"]
     return table.astype(dict.fromkeys(whole, "Int64"))
 

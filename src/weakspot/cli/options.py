@@ -268,6 +268,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, _, width = text.lower().partition("x")
+    # To `isdigit` alone, superscripts are digits, too, which `int` does not read.
     if not all(side.isascii() and side.isdigit() and int(side) for side in (height, width or height)):
         raise Failure(f"--size must be HEIGHTxWIDTH in pixels such as 224x224, got {text!r}")
     return int(height), int(width or height)

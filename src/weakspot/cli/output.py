@@ -197,6 +197,7 @@ def print_choices(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> N
 
 def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:
     """The rows of a frame as JSON has them, NaN as null."""
+    # Through pandas, which writes NaN as null and numpy's numbers as plain ones; `json.dumps` does neither.
     rows: list[dict[str, object]] = json.loads(frame.to_json(orient="records", double_precision=digits))
     return rows
 

@@ -156,6 +156,7 @@ def plan_table(
     model = {"spec": model} if isinstance(model, str) else model
     if isinstance(model, dict):
         model = model | overrides.pop("model", {})  # type: ignore[operator]  # made by given_options
+        # In a plan.toml, the names of classes may be the path of a file that holds them.
         if isinstance(model.get("classes"), str):
             model["classes"] = read_class_names(Path(model["classes"]))
     table |= {**overrides, "model": model}

@@ -129,6 +129,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:MOST_TRIED]
         correct: list[Tensor] = []
         images, labels = torch.empty(0, *test.shape), torch.empty(0, dtype=torch.long)
+        # In parts, until enough of the images are classified correctly.
         for rows in order.split(TRIED_AT_ONCE):
             pixels = test.images(rows)
             right = predict(classifier, pixels).argmax(1).cpu() == test.labels[rows]

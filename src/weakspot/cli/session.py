@@ -202,6 +202,7 @@ def open_session(
     # Compared by inode, time and size with what is there after an interrupt.
     before = _list_files(out, files)
     started, results = time.perf_counter(), sys.stdout
+    # `Commands.invoke` calls it if the command is interrupted.
     context.meta[WRITTEN_KEY] = lambda: _describe_written(out, files, before)
     # Text that a model prints must not end up among the results.
     with (

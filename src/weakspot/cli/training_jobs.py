@@ -139,6 +139,7 @@ def _write(matrix: Matrix, out: Path) -> None:
     from weakspot.report.figures import matrix_figure
 
     for name, table in (("accuracy.csv", matrix.accuracy), ("differences.csv", matrix.differences)):
+        # The default binds the table of this turn of the loop.
         write_atomic(out / name, lambda draft, table=table: table.to_csv(draft, index=False))  # type: ignore[misc]
     images = matrix.accuracy.groupby("test")["images"].first()
     titles = {test: f"{title}\n{images[test]:,} images" for test, title in TITLES.items() if test in images}

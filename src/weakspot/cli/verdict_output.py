@@ -80,6 +80,7 @@ class VerdictOutput:
             for index, before in self.printed.items():
                 verdict = explanation.verdict(index)
                 if verdict != before:
+                    # Later analyses add sentences to a verdict; those that were printed before are left out.
                     print_text("\n" + " ".join(verdict.replace(before, "").split()))
         else:
             self._print_verdicts(explanation)

@@ -167,6 +167,7 @@ def _read(path: Path, key: str | None) -> Array:
 
 def _open(path: Path) -> Any:
     try:
+        # Only .npy files can be mapped; an .npz file is an archive.
         return np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
     except FileNotFoundError:
         raise
@@ -181,6 +182,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 def _cached(path: Path, key: str | None) -> Array:
     """`_read`, cached as long as the file does not change."""
+    # A file that replaces another one of the same size has another inode or another time.
     about = path.stat()
     return _cached_state(path, key, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
 

@@ -100,6 +100,7 @@ def _read_array(file: IO[bytes] | gzip.GzipFile, path: Path, most: int) -> Tenso
             f"{path} is damaged: its header announces {shape}, {announced} bytes, but it can hold at most {most}"
         )
     body = bytearray()  # grows with the content: the header alone must not allocate memory
+    # One byte more than announced is asked for: it shows that the file is too long.
     while len(body) <= announced and (block := file.read(min(BLOCK, announced + 1 - len(body)))):
         body += block
     if len(body) != announced:

@@ -51,6 +51,7 @@ def read_hub(name: str, split: str, *, size: tuple[int, int] | None, channels: i
     if not len(data):
         raise ValueError(f"hf:{name} must have at least one row, got none")
     labels, names = _labels(name, data, label_column)
+    # Decodes images even if decoding is switched off in the stored data set.
     images = data.cast_column(image_column, datasets.Image())
     pixels = _Column(f"hf:{name}", images, image_column, size, channels)
     if size is None:

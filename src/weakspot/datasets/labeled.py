@@ -165,4 +165,5 @@ class _Files:
             raise ValueError(
                 f"{path} cannot be read: {picture.remark.removesuffix('; skipped')} (remove it from the data)"
             )
+        # Exact, because the pixels are 8-bit levels; bytes take a quarter of the memory of floats.
         return (picture.pixels * 255).round().byte()

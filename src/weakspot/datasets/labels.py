@@ -72,6 +72,7 @@ class ClassIndex:
         spellings: dict[str, int] = {}
         for number, name in enumerate(self.names):
             for spelling in {_plain(name), _plain(name.partition(",")[0])}:
+                # -1 marks a spelling of two classes, which then stands for neither.
                 spellings[spelling] = -1 if spelling in spellings else number
         return {spelling: number for spelling, number in spellings.items() if number >= 0}
 
@@ -172,6 +173,7 @@ class LabelTable:
         used: dict[str, PurePath] = {}
         labels: dict[PurePath, int] = {}
         for path in paths:
+            # From the whole path down to the name of the file, so that the longest end counts.
             ends = (PurePath(*path.parts[start:]).as_posix() for start in range(len(path.parts)))
             key = next((end for end in ends if end in self.classes), None)
             if key is None:

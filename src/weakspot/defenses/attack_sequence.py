@@ -298,6 +298,7 @@ class AttackSequence:
 
     def _attack(self, name: str, attack: Callable[[Side, Tensor], Tensor], *, until: float) -> None:
         """Attack the images that each side still classifies correctly; `until` is the progress afterward."""
+        # Each side gets half of the progress that is left up to `until`.
         attacked, half = [], max(0.0, until - self.done) / 2
         for side in (self.undefended, self.defended):
             start = self.done

@@ -190,6 +190,7 @@ def _with_straight_gradient(fed: Tensor, images: Tensor) -> Tensor:
         # slope = cov(image, fed) / var(image) for each image and channel, 1 where the channel is constant.
         centered = images - images.mean((2, 3), keepdim=True)
         variance = centered.square().mean((2, 3), keepdim=True)
+        # The centered image sums to zero, so `fed` need not be centered for their covariance.
         slope = (centered * fed).mean((2, 3), keepdim=True) / variance.clamp(min=FLAT)
         slope = torch.where(variance > FLAT, slope, 1)
     return fed + slope * (images - images.detach())

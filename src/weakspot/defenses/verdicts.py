@@ -106,6 +106,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
         )
     if gain <= MIN_GAIN + ROUNDING:
         # With few images, a gain that was not seen is not excluded.
+        # Only the counts matter for the interval: the first images are gained, the last ones lost.
         places = np.arange(count)
         excluded = paired_proportion_interval(places < gained, places >= count - lost)[2] <= MIN_GAIN
         return Verdict("no protection", f"No protection{'' if excluded else ' shown'}: {measured}.")

@@ -94,6 +94,7 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
     if len(finite) < FEWEST:
         raise ValueError(f"joined must have at least {FEWEST} units, for a correlation, got {len(finite)}")
     layers = finite["layer"].to_numpy() if "layer" in finite else np.zeros(len(finite))
+    # (3, B, n) as the functions below take it, with a single sample: B = 1.
     values = finite[list(COLUMNS)].to_numpy(float).T[:, None]
     correlation = _correlations(*_ranks(values[:2]))[0]
     partial = _partials(values, layers[None])[0]
@@ -101,6 +102,7 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
     if len(finite) >= ENOUGH and not np.isnan(partial):
         rng = np.random.default_rng(seed)
         samples = (rng.integers(0, len(finite), (DRAWS // BLOCKS, len(finite))) for _ in range(BLOCKS))
+        # Numbers of units (B, n) as an index turn the columns (3, n) into samples (3, B, n).
         partials = [_partials(values[:, 0, rows], layers[rows]) for rows in samples]
         # Percentile interval over bootstrap samples of units.
         low, high = np.nanquantile(np.concatenate(partials), [0.025, 0.975])

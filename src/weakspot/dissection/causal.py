@@ -87,6 +87,7 @@ def unit_restoration(
         changed, random, units = _restore_all(
             classifier, place, pairs, fractions, seed=seed, batch_size=batch_size
         )
+    # Pairs that do not fool the model are NaN at every fraction.
     fooled = changed[0].isfinite()
     table = []
     for number, fraction in enumerate(fractions):

@@ -147,6 +147,7 @@ def _label_table(names: Mapping[int, str], void: Collection[int]) -> NDArray[np.
     """(LARGEST_LABEL + 1,) the label number of each mask value: value + 1, 0 for void, -1 if there is none."""
     table = np.full(LARGEST_LABEL + 1, -1, dtype=np.int64)
     table[list(names)] = np.array(list(names)) + 1
+    # After the names, because a void value may have a name as well.
     table[list(void)] = 0
     return table
 

@@ -172,6 +172,7 @@ class ConceptSet:
                     raise self._unknown_label(item, column, f"{self.folder / 'index.csv'}, line {row.line}")
                 everywhere.append(position)
         sites = row.shape[0] * row.shape[1]
+        # A row for each mask, of which a category may have several.
         maps = np.stack(planes).reshape(-1, sites) if planes else np.empty((0, sites), np.int32)
         return self._annotation(maps, np.array(everywhere, np.int32), row)
 

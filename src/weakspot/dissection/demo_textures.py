@@ -131,6 +131,7 @@ def demo_concepts(out: Path | str, *, count: int = 96, size: int = 224, seed: in
     entries = []
     with draft_folder(out) as draft:
         for index in range(count):
+            # A generator for each picture, so that none depends on the others or on their number.
             picture, color, texture = draw(size, np.random.default_rng([seed, index]))
             name = f"{index:05d}"
             planes = {
@@ -171,6 +172,7 @@ def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np
         if chosen and len(y):
             on = TEXTURES[chosen - 1](*_coordinates(y, x, generator), generator)
         own = prototypes[[first, second]] + generator.uniform(-JITTER, JITTER, (2, 3))
+        # The second color fades toward the first.
         own[1] += generator.uniform(0, FADING) * (own[0] - own[1])
         # Shading: a random brightness with a random linear slope.
         tilt = generator.uniform(-0.25, 0.25, 2)
@@ -186,6 +188,7 @@ def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np
 
 def _coordinates(y: Floats, x: Floats, generator: Generator) -> tuple[Floats, Floats]:
     """Positions in a region in periods of a texture: scaled, shifted to near its middle and rotated."""
+    # The logarithm of the period is uniform, so fine and coarse textures are equally frequent.
     angle, period = generator.uniform(0, np.pi), np.exp(generator.uniform(*np.log(PERIODS)))
     down, right = (
         (side - side.mean() + generator.uniform(-0.5, 0.5) * side.std()) / period for side in (y, x)
@@ -201,6 +204,7 @@ def _regions(rows: Floats, columns: Floats, generator: Generator) -> NDArray[np.
         away = [np.hypot(rows - y, columns - x) for y, x in middles]
         return np.asarray(np.argmin(away, axis=0))
     regions = np.zeros(rows.shape, np.int64)
+    # One ellipse less than points, because the background, 0, is a region too.
     for number, (y, x) in enumerate(middles[:-1], 1):
         angle, (long, short) = generator.uniform(0, np.pi), generator.uniform(0.16, 0.34, 2)
         along = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)

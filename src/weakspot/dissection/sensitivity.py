@@ -63,6 +63,7 @@ def equal_noise(pairs: Pairs, number: int, seed: int = 0) -> tuple[Tensor, Tenso
         rows = (retained < 1 - ROUNDING).nonzero()[:, 0]
         if not len(rows):
             break
+        # Two streams for each attempt at a draw: one orders the sites, the next one draws the signs.
         stream = STREAM + number * 2 * PLACEMENTS + 2 * attempt
         order = _random.uniform(keys[rows], stream, height * width).argsort(dim=1, stable=True)
         flipped = _random.uniform(keys[rows], stream + 1, channels, height, width) < 0.5
@@ -74,6 +75,7 @@ def equal_noise(pairs: Pairs, number: int, seed: int = 0) -> tuple[Tensor, Tenso
         fits, other_fits = ((before + sign * signed - 0.5).abs() <= 0.5 + ROUNDING for sign in (1, -1))
         attempted = (before + torch.where(~fits & other_fits, -signed, signed)).clamp(0, 1)
         fraction = (attempted - before).flatten(1).norm(dim=1) / size[rows].where(size[rows] > 0, 1)
+        # Of no change nothing can be lost.
         fraction = fraction.where(size[rows] > 0, 1)
         better = fraction > retained[rows]
         noisy[rows[better]], retained[rows[better]] = attempted[better], fraction[better]

@@ -119,11 +119,13 @@ class SiteCounts:
         areas = active.sum(1).double()
         self.active.index_add_(0, units, areas)
         self.active_annotated.index_add_(0, units, areas[:, None] * annotation.categories)
+        # (K, S): how many concepts of each category a site has.
         labeled = torch.zeros(self.active_labeled.shape[1], masks.shape[1], dtype=torch.int32)
         labeled.index_add_(0, categories[annotation.concepts], masks.int())
         # One product counts the sites shared with every concept and with every category.
         common = active @ torch.cat([masks.float(), (labeled > 0).float()]).T
         split = len(annotation.concepts)
+        # From the concepts of this image to those of the data set.
         every = torch.zeros(len(units), self.both.shape[1], dtype=torch.float64)
         every[:, annotation.concepts] = common[:, :split].double()
         self.both.index_add_(0, units, every)
@@ -276,6 +278,7 @@ def _data_digest(concepts: ConceptSet) -> str:
     for name in ("index.csv", "label.csv"):
         digest.update((concepts.folder / name).read_bytes())
     for folder, subfolders, names in os.walk(concepts.folder / "images"):
+        # Sorted in place: os.walk visits subfolders in the order of this list.
         subfolders.sort()
         for name in sorted(names):
             status = Path(folder, name).stat()

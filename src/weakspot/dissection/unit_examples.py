@@ -92,7 +92,9 @@ def show_units(
                 small = nn.functional.interpolate(pictures, half, mode="bilinear", antialias=True)
                 for row, number in enumerate(numbers):
                     shown = units_of[number]
+                    # (units, 1, h, w), of the units that this picture is shown for.
                     own = maps[0][row, shown][:, None].float()
+                    # Where no cell looks, no threshold is exceeded.
                     laid_out = place(own, half, grid, unseen=-torch.inf)[:, 0].cpu()
                     for unit, values in zip(shown, laid_out, strict=True):
                         active = values > thresholds[unit]

@@ -190,12 +190,14 @@ def dissect_layers(
             places = spatial_layers(classifier, image, missing)
             passes = _Passes(classifier, concepts, image, places, batch_size, report)
             with fused_for(classifier, image, places):
+                # First pass: the threshold of each unit, and the images that excite it most.
                 top_values, top_images = passes.top_values(quantile)
                 thresholds = {name: values.thresholds() for name, values in top_values.items()}
                 grids = {
                     name: mask_grid(classifier, image, name, place, alignment)
                     for name, place in places.items()
                 }
+                # Second pass: where units exceed their thresholds, and where concepts are.
                 counts = passes.site_counts(thresholds, grids)
             categories = _categories(concepts)
             for name in missing:
@@ -324,6 +326,7 @@ def _dissection(
     # Stable: of concepts with equal IoU the first in the data set wins.
     ious, ranked = result.iou.sort(dim=1, descending=True, stable=True)
     best = [concepts.concepts[position] for position in ranked[:, 0].tolist()]
+    # With a least IoU of 0, a concept that shares no site with the unit is still not detected.
     detects = ((ious[:, 0] >= options.min_iou) & (ious[:, 0] > 0)).tolist()
     table: dict[str, object] = {
         "unit": range(len(ious)),

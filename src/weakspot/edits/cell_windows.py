@@ -67,6 +67,7 @@ def windowed(groups: Tensor, cell: int | None = None) -> list[Windowed]:
         numbers = ((tall == high) & (wide == broad) & present).nonzero()[:, 0]
         # Windows at the far borders are moved inside the image.
         top, left = tops[numbers].clamp(max=height - high), lefts[numbers].clamp(max=width - broad)
+        # (G, high, broad): the numbers of the groups in each window.
         patches = groups.unfold(0, high, 1).unfold(1, broad, 1)[top, left]
         batches.append(Windowed(numbers, top, left, (patches == numbers[:, None, None])[:, None]))
     return batches
@@ -75,6 +76,7 @@ def windowed(groups: Tensor, cell: int | None = None) -> list[Windowed]:
 def _ends(groups: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(count,) the first and the last place of each group."""
     flat = groups.flatten()
+    # Starting values that any place of a group replaces or equals.
     first = torch.full((count,), int(places.max()), device=groups.device)
     first = first.scatter_reduce(0, flat, places.flatten(), "amin")
     last = torch.zeros_like(first).scatter_reduce(0, flat, places.flatten(), "amax")
@@ -120,4 +122,5 @@ def exchanged(
 def _cut(image: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int) -> Tensor:
     """(M, C, height, width) windows of an image (1, C, H, W)."""
     views = image[0].unfold(1, height, 1).unfold(2, width, 1)
+    # Indexing leaves the channels first: (C, M, height, width).
     return views[:, tops, lefts].transpose(0, 1)

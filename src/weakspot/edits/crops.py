@@ -59,10 +59,13 @@ class Crops:
 def bounding_boxes(masks: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Tops (M,), lefts (M,) and the common height and width of rectangles that hold the masks bool (M, H, W)."""
     starts, sizes = [], []
+    # Which rows each mask touches, then which columns.
     for lines in (masks.any(2), masks.any(1)):
         length = lines.shape[1]
+        # Of equal values argmax takes the first: the first line touched, and in the flipped ones the last.
         first = lines.float().argmax(1)
         last = length - 1 - lines.flip(1).float().argmax(1)
+        # Of a mask that touches nothing, first and last would span every line.
         size = int((last - first).where(lines.any(1), 0).max()) + 1
         # A rectangle that is larger than its mask may have to begin earlier to end inside the image.
         starts.append(first.clamp(max=length - size))

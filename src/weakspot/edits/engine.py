@@ -54,6 +54,7 @@ class Engine:
             for slot in step.inputs:
                 readers.setdefault(slot, []).append(step)
         self._readers = readers
+        # The step that reads each slot last; the logits stay to the end.
         last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         last[recording.logits] = len(steps)
         self._read = frozenset(last)
@@ -135,6 +136,7 @@ class Engine:
             if result is None:
                 at_once = self._whole_at_once(number)
                 if within and count > at_once:
+                    # The rest of the steps, from this one on, for a part of the edits at a time.
                     parts = [
                         self._run(number, _selected(values, rows), owners[rows], windows=windows)
                         for rows in _slices(count, at_once)
@@ -190,6 +192,7 @@ class Prepared:
         return f"Prepared({len(self.recording.steps)} steps)"
 
 
+# Recordings outlive the call here, unlike in `remembered`, and are tested before each use.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor, Recording]] = weakref.WeakKeyDictionary()
 
 
@@ -279,12 +282,14 @@ def _error(logits: Tensor, expected: Tensor) -> float:
 
 def _error_of_trials(classifier: Classifier, recording: Recording, image: Tensor) -> float:
     """The error on edits of a pixel and of a sixteenth of the sides, from one corner to the other."""
+    # One more than was recorded, so that a step in which that number is fixed is noticed.
     count = recording.count + 1
     engine = Engine(recording, image, full_batch=count)
     channels, height, width = image.shape[1:]
     places = torch.linspace(0, 1, count, device=image.device)
     errors = []
     for tall, wide in ((1, 1), (max(1, height // 16), max(1, width // 16))):
+        # Rolled, so that not all places lie on the diagonal.
         tops, lefts = (places * (height - tall)).long(), (places.roll(1) * (width - wide)).long()
         ramp = torch.linspace(0, 1, count * channels * tall * wide, device=image.device)
         # A fractional part of a steep ramp looks like noise, but costs no random numbers.

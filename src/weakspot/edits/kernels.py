@@ -46,6 +46,7 @@ def convolution(state: State, step: Step, values: Values) -> Windows | None:
     _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
 
     def convolve(maps: Tensor) -> Tensor:
+        # Without padding, because `_slide` hands over maps that contain their border.
         result: Tensor = step.call(maps, weight, bias, stride, (0, 0), dilation, transposed, *rest)
         return result
 
@@ -75,6 +76,7 @@ def average_pool(state: State, step: Step, values: Values) -> Windows | None:
     _, kernel, stride, padding, ceil, counts_border, divisor = given
     kernel, padding = pair(kernel), pair(padding)
     stride = pair(stride) if stride else kernel
+    # Their divisor depends on where in the map the kernel lies.
     if ceil or (any(padding) and not counts_border and divisor is None):
         return None
 
@@ -93,10 +95,12 @@ def slices(state: State, step: Step, values: Values) -> Windows | None:
     _, place, start, end, every = (*step.arguments, *defaults[len(step.arguments) :])
     start, end, place = start or 0, 2**62 if end is None else end, place % 4
     if place == 0:
+        # A slice to the end is recorded with the largest integer of 64 bits as its end.
         return windows if start == 0 and end > 2**31 and every == 1 else None
     if place == 1:
         return replace(windows, values=windows.values[..., slice(start, end, every)].contiguous())
     size = state.sizes[step.inputs[0]][place - 2]
+    # Only over the whole side is result r the site r * every, as for a kernel of one site.
     if start != 0 or end < size:
         return None
     stride = (every, 1) if place == 2 else (1, every)
@@ -212,11 +216,13 @@ def _slide(
     # Every kernel makes windows grow; near the whole map, cutting and pasting costs more than it saves.
     if down.count * along.count > state.room * rows * columns:
         return None
+    # Left, right, top, bottom, as `Map.with_border` takes them.
     widths = (*along.border(clean.size[1]), *down.border(clean.size[0]))
     bordered = clean.with_border(widths, kernel.border)
     # The unedited surroundings first, then the edit on top: so the kernel reads what it would read in the whole map.
     cut = gathered(bordered, state.owners, down.cut, along.cut, (down.length, along.length))
     paste(cut, down.inside, along.inside, windows.values)
+    # Without the sites in front that no result reads, the function begins with the first result.
     seen = as_seen(cut[:, down.before :, along.before :], "maps")
     result = function(seen)[:, :, : down.count, : along.count]
     return Windows(result.permute(0, 2, 3, 1).contiguous(), down.first, along.first)

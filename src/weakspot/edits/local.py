@@ -82,6 +82,7 @@ class Edits:
             done += len(rows)
             if progress is not None:
                 progress(done / count)
+        # Back into the order of the edits: the argsort of a permutation is its inverse.
         logits = torch.cat(parts)[order.argsort()]
         check_logits(logits, self.classifier, self.images)
         return logits
@@ -89,12 +90,14 @@ class Edits:
     def _by_distance_to_border(self, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         """(M,) the order in which edits at similar distances to the border go together: their windows are cut alike."""
         ranks: list[Tensor] = []
+        # Over both axes, about as many classes as there are chunks.
         number = round(min(RANKS, max(1.0, math.sqrt(len(tops) / self._chunk))))
         for starts, length, size in (
             (tops, patches.shape[2], self.images.shape[2]),
             (lefts, patches.shape[3], self.images.shape[3]),
         ):
             depth = torch.minimum(starts, size - length - starts)
+            # No edit is deeper than half of the side, so that ranks are below `number`.
             ranks.append(depth * 2 * number // size)
         return (ranks[0] * number + ranks[1]).argsort(stable=True)
 
@@ -121,6 +124,7 @@ class Edits:
                 if len(logits) == len(owners):
                     return logits
             except FAILURES as error:
+                # Lack of memory says nothing about the recording.
                 if "out of memory" in str(error):
                     raise
             self._recording = None  # these edits do what the recording's trial did not
@@ -214,6 +218,7 @@ class LocalEdits:
         with evaluating(self._model):
             owners = torch.zeros_like(tops)
             if not len(tops):
+                # One edit that changes nothing tells the number of classes.
                 owners, tops, lefts = (torch.zeros(1, dtype=torch.long, device=image.device),) * 3
                 return self._edits.logits(owners, tops, lefts, image[:, :, :1, :1])[:0]
             return self._edits.logits(owners, tops, lefts, patches, progress)
@@ -236,6 +241,7 @@ def _checked(tops: Tensor, lefts: Tensor, patches: Tensor, image: Tensor) -> tup
     if count:
         check_range(patches, name="patches")
     device = image.device
+    # A copy, because clipping in place would change the user's tensor.
     patches = patches.detach().to(device, image.dtype, copy=True).clamp_(0, 1)
     return tops.to(device, torch.long), lefts.to(device, torch.long), patches
 

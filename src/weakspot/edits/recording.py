@@ -30,6 +30,7 @@ def record(classifier: Classifier, image: Tensor) -> Recording:
     Raises:
         CannotRecordError: if it draws random numbers, decides by an image's values, or writes into parts of tensors.
     """
+    # With two images, shapes tell their axis from one of length 1.
     count = classifier.fixed_batch or 2
     images = image.detach().expand(count, -1, -1, -1).clone()
     recorder = _Recorder(images)
@@ -88,6 +89,7 @@ class _Recorder(DispatchMode):
         return result
 
     def _note(self, func: OpOverload, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
+        # What `item`, `torch.equal` and conditions in Python call.
         if name in {"_local_scalar_dense", "equal", "is_nonzero"}:
             raise CannotRecordError("it decides by the values of an image")
         written = [
@@ -114,6 +116,7 @@ class _Recorder(DispatchMode):
                 outputs.append(-1)
                 continue
             self.alive.append(value)
+            # A slot is a place in `alive`, where slot 0 is the images.
             self.slots[id(value)] = number = len(self.alive) - 1
             outputs.append(number)
             storage = _storage(value)

@@ -115,6 +115,7 @@ def _permute(state: State, step: Step, values: Values) -> Windows | None:
     del state
     windows: Windows = values[step.inputs[0]]
     turn = (windows.order, tuple(step.arguments[1]))
+    # The values stay where they are: only the order in which the network sees them changes.
     if turn == ("maps", (0, 2, 3, 1)):
         return replace(windows, order="sites")
     return replace(windows, order="maps") if turn == ("sites", (0, 3, 1, 2)) else None
@@ -174,6 +175,7 @@ def _over_channels(state: State, step: Step, values: Values) -> Windows | None:
     over = step.arguments[1] if len(step.arguments) > 1 else None
     if windows.order != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
         return None
+    # Without `keepdim` the result has no axis of channels and is no map.
     if len(step.arguments) < 3 or not step.arguments[2]:
         return None
     seen = {step.inputs[0]: windows.seen()}
@@ -203,6 +205,7 @@ RULES: dict[str, Rule] = {
 def needs_clean(step: Step, order: AxisOrder) -> bool:
     """Whether a rule for this step may read the unedited map around a window."""
     if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
+        # They read no neighbors, but a constant that has sites makes them take whole maps.
         return step.name in SITEWISE and not all(_has_no_sites(leaf, order) for leaf in step.arguments)
     return order != "maps" or not step.is_pointwise
 

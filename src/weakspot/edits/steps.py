@@ -80,6 +80,7 @@ class Step:
                 return arguments[0].reshape(shape)
             arguments = (arguments[0], shape, *arguments[2:])
         elif self.name == "native_group_norm":
+            # The fourth argument is the number of images.
             arguments = (*arguments[:3], arguments[3] * count // recorded, *arguments[4:])
         return self.call(*arguments, **keywords)
 
@@ -151,6 +152,7 @@ class PaddedConvolution:
     ) -> Tensor:
         if len(padding) == 4:
             top, left, bottom, right = padding
+            # Both sides as wide as the wider one, which the zeros of `grown` make up for.
             padding = (max(top, bottom), max(left, right))
             if self.grown is not None:
                 weight = self.grown

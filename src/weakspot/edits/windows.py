@@ -71,6 +71,7 @@ class Map:
             return self.sites
         key = (*widths, value)
         if key not in self.padded:
+            # The last axis comes first: channels get no border.
             self.padded[key] = F.pad(self.sites, (0, 0, *widths), value=value)
         return self.padded[key]
 

@@ -57,6 +57,7 @@ def top_region(scores: Tensor, fraction: float) -> Tensor:
     # Ties are broken by position, so a large tie at the edge would put an arbitrary part of it into the region.
     chosen = top(scores, fraction)
     highest_outside = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
+    # Without the sites that tie with the best one left out.
     above = chosen & (scores > highest_outside)
     above_size, size = (region.flatten(1).sum(1).view(-1, 1, 1, 1) for region in (above, chosen))
     return torch.where(above_size < ARBITRARY * size, above, chosen)
@@ -121,6 +122,7 @@ def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.
         union = roa.sum((1, 2))[:, None] + roi.sum((1, 2)) - common
         sites = important[0].numel()
         return {
+            # lost_margin is (n, 1, 1); its [:, 0] divides row j by what attack j took.
             "effect_in_roi": _products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank,
             "jaccard": common / union + blank,
             # Pearson's correlation is the mean product of standardized maps; of ranks, it is Spearman's.
@@ -308,6 +310,7 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
 
     reported = tests[0].p
     worst = {}
+    # For each direction, the weakest evidence over all settings.
     for sign in (1, -1):
         ps, qs = [], []
         for test in tests:
@@ -315,6 +318,7 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
             # Benjamini-Hochberg runs in one direction, so on the one-sided half of a two-sided p.
             one_sided = torch.where(test.direction == sign, p / 2, p)
             q = torch.from_numpy(false_discovery(one_sided.cpu().numpy())).to(p)
+            # The correction leaves NaN out; afterward an undefined p speaks for no direction.
             ps.append(p.nan_to_num(1))
             qs.append(q.nan_to_num(1))
         worst[sign] = torch.stack(ps).amax(0), torch.stack(qs).amax(0)

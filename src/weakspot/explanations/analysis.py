@@ -160,6 +160,7 @@ def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
     for name in names or ():
         if name not in available:
             raise ValueError(unknown_choice("analysis", name, available))
+    # In the order in which they run, whatever the order of the names.
     chosen = usual_analyses() if names is None else [name for name in available if name in names]
     return {entry.name: entry.load() for name in chosen for entry in entry_points(group=GROUP, name=name)}
 

@@ -64,6 +64,7 @@ def analyze_certificate(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Ana
 
 def _categories(certificate: PixelCertificate) -> Tensor:
     """(N, 1, H, W) numbers of `CATEGORIES`."""
+    # A status is 1 if the pixel is proven, 0 if unknown and -1 if refuted.
     numbers = torch.where(certificate.status == 1, 1, torch.where(certificate.status == 0, 2, 3))
     return torch.where(certificate.region, numbers[:, None].to(certificate.region.device), 0)
 
@@ -71,6 +72,7 @@ def _categories(certificate: PixelCertificate) -> Tensor:
 def certificate_finding(row: pd.Series) -> str:
     """The sentence on the pixels of one image, from its row of scores; empty if they were not certified."""
     proven, refuted, unknown = (float(row.get(name, torch.nan)) for name in FRACTIONS)
+    # Also true for NaN.
     if not proven >= 0:
         return ""
     sentence = (

@@ -62,6 +62,7 @@ def analyze_cam(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  
         pictures={
             name: Picture(f"{{{role}}}, {image} image", scale="class activation", meaning=MEANING)
             for name in names
+            # A name such as cam_label_clean says whose evidence it is, and in which image.
             for _, role, image in [name.split("_")]
         },
     )
@@ -143,6 +144,7 @@ def interpretability_test(
     # The score at every circular shift of B; the first one, without a shift, is the score itself.
     inside = products_over_shifts(top(own, fraction)[:, 0], energy)
     fractions = inside / total.where(total > 0, torch.nan) + _blank(own)
+    # Negated, so that NaN, which compares as false, stays NaN.
     fractions = fractions.where(
         ~(fractions < 1e-12), 0
     )  # the Fourier transform leaves rounding where nothing is
@@ -157,6 +159,7 @@ def interpretability_matrix(evidence: Tensor, energy: Tensor, *, fraction: float
         energy: (N, H, W) squared perturbations, summed over channels.
         fraction: of the image in B.
     """
+    # A map without contrast is NaN at every site, so every score with it is NaN.
     region = (top(evidence, fraction).double() + _blank(evidence)[:, None]).flatten(1)
     total = energy.sum((1, 2))
     return (energy.flatten(1) @ region.T / total.where(total > 0, torch.nan)[:, None]).clamp(0, 1).sqrt()

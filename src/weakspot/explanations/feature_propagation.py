@@ -83,6 +83,7 @@ def _by_channels(first: Tensor, second: Tensor) -> ActivationChange:
     """For activations in channels-first order: blocks of channels of a few images."""
     count, channels, height, width = first.shape
     step = max(1, TILE // (height * width))  # channels
+    # As many whole images as fill a tile, or one image in blocks of channels.
     images = max(1, step // channels)
     parts = []
     for one, other in zip(
@@ -292,5 +293,6 @@ def spread_of(maximum: Tensor, peak: Tensor) -> Tensor:
 def reach_of(maximum: Tensor, peak: Tensor) -> Tensor:
     """(N,) the largest change over the peak; NaN if the layer is silent in the clean image and not in the other."""
     largest = maximum.flatten(1).amax(1).double()
+    # No change is no reach, even where a silent layer would make it 0 / 0.
     reach = torch.where(largest == 0, 0.0, largest / peak.double())
     return reach.where(reach.isfinite(), torch.nan)

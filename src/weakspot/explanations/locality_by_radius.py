@@ -76,6 +76,7 @@ def locality_table(
             _, low, high = (2 * bound - 1 for bound in rate_interval((difference + 1) / 2))
         if len(difference) < FEWEST:
             low, high = np.nan, np.nan
+        # Random sites are the control and have no excess over themselves.
         if column == RANDOM:
             mean, low, high = (np.nan,) * 3
         row |= {"excess": mean, "excess_low": low, "excess_high": high, "p": _greater_p(difference)}
@@ -125,6 +126,7 @@ def _greater_p(differences: NDArray[np.floating]) -> float:
     """One-sided p of a t test; NaN with fewer than 20 images. The test is conservative for right-skewed values."""
     from scipy.stats import ttest_1samp
 
+    # Equal differences have no t; if they are positive, nothing speaks against an excess.
     if len(differences) < FEWEST or np.ptp(differences) == 0:
         return 0.0 if len(differences) >= FEWEST and differences[0] > 0 else np.nan
     return float(ttest_1samp(differences, 0, alternative="greater").pvalue)

@@ -113,6 +113,7 @@ def restoration(
         fraction,
         deletion,
         insertion,
+        # By cell (N, G), indexed by the (H, W) numbers of the cells: (N, H, W).
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
         _scores(fraction, deletion, insertion, *set_fractions),
@@ -144,6 +145,7 @@ class _CellSearch:
         total = int(self.groups.max()) + 1
         unchanged = torch.ones(total, dtype=torch.bool, device=clean.device)
         unchanged[self.groups[(clean != adversarial).any(1)[0]]] = False
+        # The points of both curves, from no exchanged cell to all cells that the attack changed.
         points = min(total, POINTS) + 1
         counts = torch.linspace(0, int((~unchanged).sum()), points, device=clean.device).round().long()
         attacked, intact = self._edits(adversarial), self._edits(clean)
@@ -205,14 +207,17 @@ class _CellSearch:
         while untried:
             tried = kept[start : start + min(at_once, untried)]
             alone = torch.zeros_like(chosen).index_fill_(0, tried, True)
+            # Flipped means that the label wins if `correct`, and that it loses if not.
             stays_flipped = (self._alone(mixed, image, label, alone)[tried] >= 0) == correct
             if bool(stays_flipped.any()):
+                # Only the first: whether those behind it are superfluous depends on it.
                 superfluous = start + int(stays_flipped.long().argmax())
                 chosen[kept[superfluous]] = False
                 kept = torch.cat([kept[:superfluous], kept[superfluous + 1 :]])
                 start, untried, at_once = superfluous, len(kept), AT_ONCE
                 mixed = self._edits(torch.where(chosen[self.groups], other, image))
             else:
+                # All of them are needed, so twice as many are tried next.
                 start, untried, at_once = start + len(tried), untried - len(tried), 2 * at_once
             if start >= len(kept):
                 start = 0
@@ -231,6 +236,7 @@ def _scores(
     # Areas between each curve and its start, as a fraction of the whole change of the margin.
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], fraction, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), fraction, dim=1) / lost
+    # An empty set means that there was nothing to search, not that no cell is needed.
     sets = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
     return pd.DataFrame(
         {name: values.cpu().numpy() for name, values in zip(MEANINGS, (regained, taken, *sets), strict=True)}

@@ -104,6 +104,7 @@ def locality(
         )
     with evaluating(model) as classifier:
         pairs = prepare_pairs(classifier, pairs)
+        # The place of the only 1 in each row.
         site = changed.to(pairs.clean.device).long().argmax(1)
         prepared = prepare(classifier, pairs.clean[:1])
         adversarial_class = predict(classifier, pairs.adversarial).argmax(1)
@@ -119,6 +120,7 @@ def locality(
         correct & (adversarial_class == pairs.labels),
     )
     rings = _rings(site, pairs.clean.shape[2:])
+    # Random sites are all sites but the attack's own; the neighbors are among them.
     near, elsewhere = rings == 1, rings > 0
     controls = {
         "neighbors": _rates(success, near, fooled),
@@ -159,6 +161,7 @@ class _PixelEditor:
         width = self.pairs.clean.shape[3]
         image = self.pairs.clean[number : number + 1]
         edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
+        # Every edit is one of the only image.
         owners = torch.zeros_like(positions)
         logits = edits.logits(owners, positions // width, positions % width, colors[:, :, None, None])
         return logits.argmax(1)
@@ -253,6 +256,7 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     with evaluating(model) as classifier:
         misclassified = predict(classifier, pairs.clean).argmax(1) != pairs.labels
     sweep = pixel_sweep(model, pairs.clean, pairs.labels, region=region)
+    # Beside the grid nothing was tried and margins are infinite, so the map repeats each pixel of the grid.
     tried = sweep.margin[:, top::step, left::step]
     margins = torch.nn.functional.interpolate(tried[:, None], (height, width), mode="nearest")
     scores = {
@@ -307,5 +311,6 @@ def _moved(model: nn.Module, pairs: Pairs, one_pixel: Tensor, seed: int) -> tupl
         hits = (result.success & area).flatten(1).sum(1)
         rates[name][one_pixel] = (hits / sites.where(sites > 0, torch.nan)).to(rates[name])
     kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
+    # Reaching the same class implies success, so the sum is a position in MOVED: 0, 1 or 2.
     kinds[one_pixel] = (result.success * 1 + result.same_class)[:, None]
     return rates, kinds

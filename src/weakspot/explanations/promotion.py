@@ -44,6 +44,7 @@ MEANINGS = {
     "negative_fraction": "Fraction of the cells that work against the attack on either logit.",
     "additivity_gap": "How far the sum of the cells' effects is from the whole change, as a fraction of it. Far from "
     "0, cells act together and no cell's effect is its own.",
+    # .548 is the square root of .3: lengths go by the square root of areas.
     "interpretability_label": "Fraction of the perturbation's length in the 30% of the image that matter most for "
     "the label; by area alone it would be .548.",
     "interpretability_target": "Fraction of the perturbation's length in the 30% of the image that matter most for "
@@ -144,6 +145,7 @@ def promotion_suppression(
             for i in range(len(pairs))
         ]
     size = max(len(part) for part in parts)  # images can have different numbers of superpixels
+    # (N, G, 2), with NaN for the groups that an image lacks.
     padded = torch.stack(
         [torch.nn.functional.pad(part, (0, 0, 0, size - len(part)), value=torch.nan) for part in parts]
     )
@@ -158,6 +160,7 @@ def promotion_suppression(
     change = change.where(change.abs() > noise, 0)
     # A cell is inactive if neither effect reaches 0.1% of the whole change or rises above rounding.
     larger = torch.maximum(promotion, suppression)
+    # Negated, so that NaN counts as inactive.
     inactive = ~((larger >= ACTIVE * change.abs()[:, None]) & (larger > noise[:, None]))
     ratio = ratio.masked_fill(inactive, torch.nan)
     kind = ((ratio > 1) * PROMOTION + (ratio < -1) * SUPPRESSION).masked_fill(inactive, INACTIVE)
@@ -272,6 +275,7 @@ def _cell_scores(
     # NaN pads images with fewer superpixels than the others.
     exists = promotion.isfinite()
     number = exists.sum(1).double()
+    # Without active cells, the fractions among them are 0 / 0, which is NaN.
     active = (exists & (kind != INACTIVE)).sum(1).double()
     promoted, suppressed = promotion.nansum(1), suppression.nansum(1)
     against = (promotion < -noise[:, None]) | (suppression < -noise[:, None])

@@ -155,6 +155,7 @@ def random_edits(pairs: Pairs, seed: int = 0) -> Tensor:
         if not len(rows):
             break
         clean = pairs.clean[rows]
+        # A random permutation of the sites: pixels move as a whole, with all their channels.
         order = _random.uniform(keys[rows], attempt, height * width).argsort(1)
         moved = change[rows].gather(2, order[:, None].expand(-1, clean.shape[1], -1)).view_as(clean)
         # |x - .5| > .5 is outside [0, 1]: flip only if the value is outside and the flipped one is less so.

@@ -180,6 +180,7 @@ def overlap(
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, competing)
         important, vulnerable = maps[: len(pairs)], spread(drop.sites)
         roi, roa = top_region(important, fraction), attack_region(vulnerable, fraction)
+        # Such an attack acts where it was allowed to act, so it is not tested.
         confined = reached_fraction(pairs) < WHOLE
         tests: dict[str, OtherImageTest] = {}
         related = pd.DataFrame(index=range(len(pairs)))
@@ -284,6 +285,7 @@ def analyze_overlap(
 ) -> Analysis:
     """`overlap` as the report shows it."""
     result = overlap(model, pairs, seed=seed, reference=reference, compare=compare)
+    # The three parts are disjoint, so the sum is a position in PARTITION.
     partition = result.essential * 1 + result.contested * 2 + result.neutralizable * 3
     return Analysis(
         scores=result.scores,

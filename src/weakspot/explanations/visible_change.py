@@ -146,6 +146,7 @@ def _compare(
     """
     import pandas as pd
 
+    # Without comparison the matrices are (N, N), and only their diagonals are used.
     columns = slice(None) if compare else slice(0, len(change))
     results = alignment(change, maps[columns])
     parts, matrices = [], {}

@@ -61,6 +61,7 @@ def analyze_weak_spots(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Anal
             for row, side, index in zip(rows.tolist(), result.side.tolist(), classes.tolist(), strict=True):
                 reached[row] = classifier.class_name(index) if side else ""
     columns: dict[str, object] = {name: values.numpy() for name, values in scores.items()}
+    # Where no change of a cell is enough, its estimate is infinite; it is drawn as the whole range.
     estimate = F.interpolate(cells[:, None].clamp(max=1), clean.shape[2:], mode="nearest")
     return Analysis(
         scores=pd.DataFrame(columns | {"smallest_square_class": reached}),

@@ -62,7 +62,9 @@ class Access:
     def hosts(self) -> frozenset[str]:
         """The host names with ports under which a browser may know this server."""
         public = urlsplit(self.base_url).netloc
+        # Addresses that stand for all of the machine's are no names of it.
         names = {"127.0.0.1", "localhost", "[::1]", _bracketed(self.host)} - {"0.0.0.0", "[::]"}  # noqa: S104
+        # Browsers leave out port 80, which is the usual one of http.
         own = {f"{name}:{self.port}" for name in names} | (names if self.port == 80 else set())
         return frozenset(name.lower() for name in own | ({public} if public else set()))
 
@@ -91,6 +93,7 @@ class Access:
 
     def has_token(self, headers: Mapping[str, str], query: str) -> bool:
         """Whether a request has the token in its link, its cookie or its header Authorization."""
+        # A long query is not parsed, because whoever sent it has not shown a token yet.
         given = [*parse_qs(query, max_num_fields=20).get("token", [])[:1]] if _short(query) else []
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given += [bearer.strip()] if scheme.lower() == "bearer" else []
@@ -149,6 +152,7 @@ class Guard:
         if scope["type"] not in {"http", "websocket"}:
             await self.app(scope, receive, send)
             return
+        # Headers arrive as bytes, and latin-1 decodes any of them.
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         query = scope.get("query_string", b"").decode("latin-1")
         try:
@@ -178,6 +182,7 @@ class Guard:
 
 async def _refuse(scope: Scope, receive: Callable[[], Awaitable[object]], send: Send, sentence: str) -> None:
     if scope["type"] == "websocket":
+        # The refusal answers the message "connect", which must have been received before it.
         await receive()
         await send({"type": "websocket.close", "code": 4403, "reason": "refused"})
         return

@@ -78,6 +78,7 @@ class Application(Starlette):
         name = request.path_params["name"]
         try:
             body = await _body(request, UPLOAD_BODY if name == "upload" else BODY)
+            # The desk answers from threads of its own, and the loop serves others meanwhile.
             answer = await asyncio.wrap_future(self.desk.ask(name, body))
         except RequestError as error:
             return _json({"error": str(error)}, error.status)
@@ -111,6 +112,7 @@ class Application(Starlette):
         except (WebSocketDisconnect, KeyError):  # KeyError: bytes instead of text
             pass
         finally:
+            # The page has gone, so nobody wants the rest of its jobs.
             for task in jobs.values():
                 task.stop.set()
             writer.cancel()
@@ -152,6 +154,7 @@ async def _body(request: Request, most: int) -> object:
         RequestError: if it is too long or no JSON.
     """
     content = bytearray()
+    # Counted as it arrives, because the length that a header states may be wrong.
     async for part in request.stream():
         content += part
         if len(content) > most:
@@ -174,6 +177,7 @@ def _file(name: str) -> Response:
     """A script, style or page of the package; no other file, and none of another folder."""
     suffix = f".{name.rpartition('.')[2]}"
     plain = name.replace("_", "").replace("-", "").replace(".", "")
+    # Without separators, a name cannot lead out of the folder.
     if suffix in KINDS and plain.isalnum() and not name.startswith("."):
         for folder in (files("weakspot.explorer").joinpath("static"), drawing_modules()):
             path = folder.joinpath(name)

@@ -79,8 +79,10 @@ class Progress:
             smallest, number = min(sizes)
             rank = (False, smallest)
         else:
+            # Attacks that minimize the size rank an image that does not fool behind all that do.
             rank = (self.size is not None, lowest)
         if rank < self.rank[side]:
+            # A copy, because the picture may be a view of tensors that the attack goes on changing.
             self.rank[side], self.best[side] = rank, seen.picture(number).clone()
             self._new[side] = True
         if time.monotonic() - self._sent[side] >= EVENT_EVERY:

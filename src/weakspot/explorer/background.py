@@ -57,6 +57,7 @@ class Later(Generic[T]):
     def _run(self) -> None:
         try:
             with self._turn:
+                # It may have been closed while it waited for its turn.
                 self._watch(0.0)
                 self._value = self._compute(self._watch)
         except Exception as error:  # noqa: BLE001 - whatever it is, the one who asks gets it

@@ -85,6 +85,7 @@ class Desk:
                 answer.set_exception(as_request_error(error))
             else:
                 result = done.result()
+                # A probe that a later one of its page has overtaken has no result.
                 reply = result if isinstance(result, dict) else {"overtaken": True}
                 echoed = {"n": request.body["n"]} if isinstance(request.body.get("n"), int | float) else {}
                 answer.set_result({**reply, **echoed, "state": self.bench.state})
@@ -138,6 +139,7 @@ class Desk:
         try:
             task = _subscription(name)(self, Request(body), send_on)
         except RequestError as error:
+            # Reported in the same way as the error of a job that has begun.
             task = Task[object](lambda: None)
             task.result.set_exception(error)
         task.result.add_done_callback(finish)
@@ -172,6 +174,7 @@ def as_request_error(error: BaseException) -> RequestError:
     """
     if isinstance(error, RequestError):
         return error
+    # Not their subclasses: what a UnicodeError or an error of another library says is not written for people.
     if type(error) in {ValueError, NotFiniteError}:
         return RequestError(first_line(error))
     if isinstance(error, MemoryError) or "out of memory" in str(error):

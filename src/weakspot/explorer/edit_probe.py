@@ -29,6 +29,7 @@ def probe(bench: Bench, request: Request) -> Message:
     inside = torch.ones_like(patch[:, :1], dtype=torch.bool)
     if mask is not None:
         inside = mask[:, :, top : top + tall, left : left + wide].to(patch.device)
+    # One rectangle is edited, in which only the pixels of the mask change.
     edited = torch.where(inside, color.to(patch), patch)
     place = torch.tensor([top]), torch.tensor([left])
     with torch.no_grad():

@@ -103,6 +103,7 @@ class Gallery:
     def close(self) -> None:
         """Close the connections; nothing is answered any more."""
         computing = [one.later for one in (self._weak, self._compared) if one is not None]
+        # First, so that a computation that looks between its steps ends by itself.
         for later in computing:
             later.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -226,6 +227,7 @@ class Gallery:
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_PAGE:
             raise ValueError(f"size must be a number from 1 to {MAX_PAGE}, got {size!r}")
         # First the page, from few columns; then the rest of its rows.
+        # One more than a page, which says whether another one follows.
         keys = self._table.rows(
             f"select {ORDER}, {order.column.sql} as value from gallery where {condition.sql} and {after.sql} "
             f"order by {order.sql} limit {size + 1}",
@@ -260,6 +262,7 @@ class Gallery:
 
     def _histogram(self, body: Body) -> Reply:
         column = find_column(body.get("column"), self._table.columns)
+        # A histogram also shows what its own column's filter leaves out.
         condition = self._condition(body, without=column.name)
         if column.kind != NUMBER:
             return self._values(column, condition, body)
@@ -292,6 +295,7 @@ class Gallery:
         values, matches = dict(condition.values), "true"
         if search and column.kind == TEXT:
             values["search"], matches = search, f"contains(lower({column.sql}), lower($search))"
+        # A window over everything is computed after grouping and before the limit: it counts all values.
         rows = self._table.rows(
             f"select {column.sql} as value, count(*) as n, count(*) filter (where fooled) as fooled, "
             "count(fooled) as known, count(*) over () as distinct_values from gallery "

@@ -40,6 +40,7 @@ class Layers:
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
+# Weak, so that the activations of a pair are freed once another attack has replaced it.
 _known: weakref.WeakKeyDictionary[AttackResult, Layers] = weakref.WeakKeyDictionary()
 
 
@@ -122,8 +123,10 @@ def _maps(bench: Bench, layers: Layers, name: str) -> Tensor:
         seen: list[Tensor] = []
         with evaluating(bench.classifier) as classifier, torch.no_grad():
             place = spatial_layers(classifier, layers.images[:1], [name])
+            # Cloned at once, because a later layer may overwrite its input in place.
             with reading(classifier, place, lambda _, maps: seen.append(maps.float().clone())):
                 classifier(classifier.filled(layers.images))
+        # The first two: a network that was exported for more images got repetitions of the last one.
         layers.maps = {name: seen[0][:2]}  # of one layer at a time, because activations are large
     return layers.maps[name]
 

@@ -61,6 +61,7 @@ def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str
         parts += ["--target", str(order.target)]
     if bench.origin.labels is not None and not exhibit.uploaded:
         parts += ["--labels", shlex.quote(bench.origin.labels)]
+    # One image at a time goes through the model, as on the bench.
     parts += ["--seed", str(order.seed), "--batch-size", "1"]
     attack = " ".join(parts)
     if not masks:
@@ -154,6 +155,7 @@ def _call(order: Order) -> str:
 
 
 def _comment(bench: Bench, exhibit: Exhibit) -> str:
+    # On one line, because it follows a # in the script.
     return " ".join(bench.classifier.class_name(exhibit.label).split())
 
 

@@ -31,6 +31,7 @@ def provable(bench: Bench, request: Request) -> Message:
         reason = float32_troubles(classifier)
         if not reason:
             try:
+                # Tried on the image, because only the recorded steps tell whether all of them are supported.
                 bound_network(classifier, exhibit.pixels)
             except NotSupportedError as error:
                 reason = str(error)

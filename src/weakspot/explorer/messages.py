@@ -122,6 +122,7 @@ class Request:
         value = self.body.get(name)
         if not isinstance(value, str):
             raise RequestError(f"{name} must be a file in base64, got {_shown(value)}")
+        # Base64 takes four letters for three bytes, and pads the last of them.
         if len(value) > most * 4 // 3 + 4:
             raise RequestError(f"{name} must be at most {most // 2**20} MB", 413)
         try:
@@ -155,6 +156,7 @@ def open_picture(content: bytes, name: str) -> Image.Image:
         RequestError: if the bytes are no such picture, or hold more than `PIXELS`.
     """
     try:
+        # Pillow warns of pictures that it finds large; the limit below is ours.
         with quiet():
             opened = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError:

@@ -85,6 +85,7 @@ class NotebookDesk:
     def _close(self, view: str) -> None:
         """Stop the jobs of a view that is gone."""
         for number, task in list(self._jobs.items()):
+            # A view numbers its jobs VIEW-1, VIEW-2 and so on.
             if number.startswith(f"{view}-"):
                 task.stop.set()
 

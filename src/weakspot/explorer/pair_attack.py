@@ -80,6 +80,7 @@ class Order:
         if target is not None and "targets" not in attack.accepts:
             raise RequestError(f"{attack.name} takes no target")
         mask = request.mask("mask", exhibit.size)
+        # A mask of everything leaves no other place, so it is treated as none.
         if mask is not None and bool(mask.all()):
             mask = None
         if mask is not None and "region" not in attack.accepts:

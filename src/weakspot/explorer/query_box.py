@@ -43,6 +43,7 @@ class QueryBox:
         with self._lock:
             if self._locked is None:
                 self._locked = LockedConnection(self.run.connect(), MEMORY, strict=True)
+            # One more row than is shown, which says whether there are more.
             relation = self._locked.select(query, seconds=SECONDS, rows=ROWS + 1)
             rows = relation.fetchall()
         return {

@@ -105,6 +105,7 @@ def read_condition(filters: object, columns: Mapping[str, Column], axes: Mapping
         filters = {}
     if not isinstance(filters, dict) or len(filters) > MAX_FILTERS:
         raise ValueError(f"filters must be a mapping of at most {MAX_FILTERS} columns, got {_short(filters)}")
+    # Begun with a condition that always holds, so that an empty mapping needs no case of its own.
     parts, values = ["true"], {}
     for number, (name, wanted) in enumerate(filters.items()):
         column = find_column(name, columns)
@@ -198,6 +199,7 @@ class Order:
         if value is None:
             return Condition(f"({own} is null and {ORDER} > $last)", {"last": last})
         beyond = "<" if self.descending else ">"
+        # Missing values come last, so that all of them follow any value.
         sql = f"({own} {beyond} $value or ({own} = $value and {ORDER} > $last) or {own} is null)"
         return Condition(sql, {"value": value, "last": last})
 

@@ -179,6 +179,7 @@ class RecordPictures:
 
 
 def _magnified(clean: NDArray[np.uint8], changed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # Signed, because differences of unsigned bytes would wrap around.
     change = changed.astype(np.int16) - clean
     largest = max(1, int(np.abs(change).max(initial=0)))
     return np.rint(127.5 + 127.5 * change / largest).astype(np.uint8)

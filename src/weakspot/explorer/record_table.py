@@ -45,6 +45,7 @@ class RecordTable:
 
     def __init__(self, run: Run, other: Run | None = None) -> None:
         connection = run.connect()
+        # A number follows from the record alone, so that it means the same whenever the run is opened.
         cells = [(attack.label, region) for attack, region in run.plan.cells]
         cases = " ".join(
             f"when attack = {quoted(attack)} and region = {quoted(region)} then {place}"

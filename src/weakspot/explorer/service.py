@@ -46,6 +46,7 @@ def open_port(host: str, port: int) -> socket.socket:
         if os.name != "nt":  # on Windows, the option lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            # An address of IPv6 has two more parts after its port.
             listener.bind((address[0], candidate, *address[2:]))
             listener.listen(128)
         except OSError as error:

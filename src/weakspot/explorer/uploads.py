@@ -21,6 +21,7 @@ from weakspot.images import fitted
 
 def upload(bench: Bench, request: Request) -> Message:
     """Put a picture on the bench, cropped and resized to what the model takes."""
+    # The name is that of a file in the commands that the page offers to copy.
     name = re.sub(r"[^\w .()+-]", "_", request.text("name", "picture.png")).strip() or "picture.png"
     opened = decoded(open_picture(request.content("file", UPLOAD_BYTES), "file"), "file")
     channels, size = bench.classifier.channels, bench.classifier.input_size

@@ -74,6 +74,7 @@ class Task(Generic[Result]):
 
     def work(self) -> None:
         """Run, and pass on the result or the error."""
+        # From here on the result can no longer be cancelled.
         if not self.result.set_running_or_notify_cancel():
             return
         try:
@@ -105,6 +106,7 @@ class Worker:
             self._probes[page] = task
             self._wake.notify()
         if earlier is not None:
+            # Outside the lock, because callbacks of the result run at once, in this thread.
             earlier.result.set_result(None)
         return self._accepted(task)
 
@@ -128,6 +130,7 @@ class Worker:
                     return True
             except StopIteration:
                 return False
+            # What the generator must still restore is restored here, in the thread that owns the model.
             generator.close()
             return False
 
@@ -220,6 +223,7 @@ class Worker:
         with self._wake:
             if self._probes:
                 self._probed = time.monotonic()
+                # Of several pages, the one whose probe was asked for first.
                 return self._probes.pop(next(iter(self._probes)))
             if self._short:
                 return self._short.popleft()
@@ -239,6 +243,7 @@ class Worker:
     def _step_in_background(self) -> None:
         """One step of the background work that has waited longest, or wait for something to do."""
         with self._wake:
+            # Looked at again under the lock: a request that came after `_next` has notified nobody.
             if self._closed or self._probes or self._short or self._long:
                 return
             rest = self._probed + REST - time.monotonic()

@@ -89,6 +89,7 @@ def load_exported(path: Path) -> nn.Module:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
     if len(placeholders) != 1:
         raise ValueError(f"{path} must be a network of one input, the images, got {len(placeholders)} inputs")
+    # An int if the batch size is fixed; a symbol, which is no int, if it is dynamic.
     batch = placeholders[0].meta["val"].shape[0]
     return ExportedNetwork(network, batch) if isinstance(batch, int) else network
 
@@ -258,6 +259,7 @@ def _is_arithmetic(expression: str) -> bool:
     functions = [
         node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "?") for node in called
     ]
+    # Names with two underscores, such as __class__, lead from any value to code.
     return all(FUNCTIONS.fullmatch(function) for function in functions) and not any(
         "__" in name for name in names
     )

@@ -72,6 +72,7 @@ def from_torchvision(name: str) -> Classifier:
     except Exception as error:
         raise ValueError(f"torchvision:{name} cannot be loaded ({first_line(error)[:200]})") from error
     transforms = weights.transforms()
+    # A list of one side, because the crop is square.
     size = transforms.crop_size[0]
     names = weights.meta["categories"]
     return Classifier(

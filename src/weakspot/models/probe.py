@@ -135,6 +135,7 @@ def _logits(classifier: Classifier, passes: int) -> list[NDArray[np.float64]]:
     with evaluating(classifier), seeded(0, images.device), torch.no_grad():
         logits = [[_logits_of_one(classifier, image[None]) for image in images] for _ in range(passes)]
     classes = max((len(row) for rows in logits for row in rows), default=0)
+    # An image on which the network raised has no logits, and becomes a row of NaN.
     empty = np.full(classes, np.nan)
     return [np.stack([row if len(row) == classes else empty for row in rows]) for rows in logits]
 

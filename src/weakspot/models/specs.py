@@ -193,6 +193,7 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
 
 def _call_factory(factory: object, spec: object) -> nn.Module:
     network = factory
+    # A module can be called too, but that would be a forward pass.
     if callable(factory) and not isinstance(factory, nn.Module):
         _check_no_arguments(factory, spec)
         network = factory()
@@ -264,6 +265,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             f"{path} must be a .safetensors file or a state dict saved by torch.save, got {type(error).__name__} while "
             "reading (files that need full unpickling are refused because they can run code)"
         ) from None
+    # Checkpoints of a training hold the weights beside other entries.
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weakspot.proofs.rounding_errors import TINY
 
+# The spacing of float64 at 1: one rounding is off by at most half of it, relative to the result.
 ULP = 2.0**-52
 
 
@@ -69,6 +70,7 @@ class Form:
         total = self.generators.abs().sum(1)
         if self.fresh is not None:
             total = total + self.fresh.half
+        # At most count + 1 roundings, each by half of ULP; no term is negative, so nothing cancels.
         return total * (1 + (count + 3) * ULP)
 
     @cached_property
@@ -103,6 +105,7 @@ def point(values: Tensor) -> Form:
 
 def aligned(forms: Sequence[Form]) -> list[Form]:
     """The same forms over one list of generators: those that a form lacks are zero."""
+    # By the steps that made them, so that all forms list their generators in one order.
     blocks = tuple(sorted({block for form in forms for block in form.blocks}))
     if all(form.blocks == blocks for form in forms):
         return list(forms)
@@ -138,10 +141,12 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     """
     lower, upper = form.ends
     inside = (lower >= low) & (upper <= high)
+    # TINY keeps a value that does not move from dividing zero by zero.
     span = (upper - lower).clamp(min=TINY)
     slope = ((upper.clamp(low, high) - lower.clamp(low, high)) / span).clamp(0, 1)
     # Exactly 1 where the value passes unchanged, which the quotient of two differences may miss.
     slope = torch.where(inside, 1.0, slope)
+    # The rest h is largest and least at an end, or where the clamp bends between the ends.
     corners = [lower, upper]
     corners += [
         torch.minimum(torch.maximum(lower, torch.full_like(lower, end)), upper)
@@ -150,6 +155,7 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     ]
     rests = torch.stack([corner.clamp(low, high) - slope * corner for corner in corners])
     most, least = rests.amax(0), rests.amin(0)
+    # Wholly beyond a limit: the value becomes the limit, exactly, with neither slope nor radius.
     constant = (upper <= low) | (lower >= high)
     # Six roundings of numbers no larger than the ends or the limits.
     error = 8 * ULP * torch.maximum(lower.abs(), upper.abs()) + TINY
@@ -169,6 +175,7 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     many = int((flat > 0).sum(1).max()) if len(form) else 0
     if not many:
         return changed
+    # As many as the box with the most unstable values; others are filled up with amounts of zero.
     amounts, places = flat.topk(many, 1)
     return replace(changed, fresh=Fresh(step, half, places, amounts))
 
@@ -179,6 +186,7 @@ def written_out(form: Form) -> Form:
     if fresh is None:
         return form
     many = fresh.places.shape[1]
+    # Generator j of a box moves a single value, that with the number places[:, j].
     added = form.center.new_zeros(len(form), many, form.center[0].numel())
     added.scatter_(2, fresh.places[:, :, None], fresh.amounts[:, :, None])
     generators = torch.cat([form.generators, added.view(len(form), many, *form.center.shape[1:])], 1)
@@ -196,6 +204,7 @@ def largest(candidates: Form, count: int, axis: int) -> Form:
         count: of candidates.
         axis: of `center`.
     """
+    # The neighbors get an axis of their own: axis + 1 of the values, axis + 2 of the generators.
     center = candidates.center.unflatten(axis, (-1, count))
     radius = candidates.radius.unflatten(axis, (-1, count))
     generators = candidates.generators.unflatten(axis + 1, (-1, count))
@@ -208,7 +217,9 @@ def largest(candidates: Form, count: int, axis: int) -> Form:
     # The most by which x_i may exceed x_j: generators that both share cancel, radii do not.
     ahead = center - own[0] + (generators - own[2]).abs().sum(1) + radius + own[1]
     scale = center.abs() + own[0].abs() + generators.abs().sum(1) + own[2].abs().sum(1) + radius + own[1]
+    # Upward by more than the rounding of the sums above.
     ahead = ahead + (generators.shape[1] + 8) * ULP * scale
+    # The best is not ahead of itself, though its radius counted twice above.
     ahead = ahead.scatter(axis + 1, best, 0.0).clamp(min=0).amax(axis + 1)
     center, radius, generators = (
         part.squeeze(place) for part, place in zip(own, (axis + 1, axis + 1, axis + 2), strict=True)

@@ -44,6 +44,7 @@ class AllowedColors:
             # Outward by more than the rounding of the two sums.
             reach = self.radius * (1 + 2**-50) + 2**-52
             return (own - reach).clamp(min=0), (own + reach).clamp(max=1)
+        # The levels within the radius; NEAR keeps those at its ends, which rounding may put just outside.
         low = (TOP * (own - self.radius) - NEAR).ceil().clamp(0, TOP)
         high = (TOP * (own + self.radius) + NEAR).floor().clamp(0, TOP)
         return eight_bit_value(low), eight_bit_value(high)
@@ -56,6 +57,7 @@ def eight_bit_value(levels: Tensor) -> Tensor:
 
 def float32_below(values: Tensor) -> Tensor:
     """The largest float32 numbers that are at most the given float64 ones, in float64."""
+    # Rounded to nearest, then one number further down where that went up.
     nearest = values.float()
     below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
     return torch.where(nearest.double() > values, below, nearest).double()
@@ -76,6 +78,7 @@ def parse_colors(colors: str | float | AllowedColors) -> AllowedColors:
     eight_bit = kind == "8bit"
     if not colon and kind in {"full", "8bit"}:
         return AllowedColors(eight_bit=eight_bit)
+    # Any other text with a colon is read whole, which is no number and refused.
     radius = _radius(amount if eight_bit and colon else colors)
     if not 0 < radius <= 1:
         hint = f" (did you mean {radius:g}/255?)" if 1 < radius <= TOP else ""

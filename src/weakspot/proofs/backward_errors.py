@@ -51,6 +51,7 @@ def moved_by_rounding(
     """
     slot, derivatives = margins
     count = len(forms[slot])
+    # J by slot, as far back as steps have been passed; a slot leaves with the step that makes it.
     intervals: dict[int, Interval] = {slot: (derivatives, torch.zeros_like(derivatives))}
     moved = derivatives.new_zeros(count, derivatives.shape[1])
     for step in reversed(steps):
@@ -58,10 +59,12 @@ def moved_by_rounding(
         # No margin depends on this result.
         if source.outputs[0] not in intervals:
             continue
+        # All steps that read the result have been passed, so that its derivatives are complete.
         center, radius = intervals.pop(source.outputs[0])
         error = rounding(step)
         if isinstance(error, Tensor) or error:
             error = torch.as_tensor(error, dtype=torch.float64)
+            # (M, 1, ...), for all margins of a box.
             error = error[:, None] if error.ndim else error
             moved = moved + ((center.abs() + radius) * error).flatten(2).sum(2)
         if isinstance(step, LinearStep):
@@ -71,11 +74,13 @@ def moved_by_rounding(
         else:
             input_intervals = [_before_maximum(step, (center, radius), forms[source.inputs[0]])]
         for before, interval in zip(source.inputs, input_intervals, strict=True):
+            # Of a value that several steps read, the derivatives add up.
             other = intervals.get(before)
             intervals[before] = interval if other is None else _sum(interval, other)
     # The sum above is itself rounded in float64.
     terms = sum(form.center[0].numel() for form in forms.values())
     moved = moved * (1 + own(terms)) + TINY
+    # NaN, as of zero times infinity, says nothing: rounding may do anything.
     return moved.nan_to_num(torch.inf, torch.inf)
 
 
@@ -106,6 +111,7 @@ def _before_linear(
     # value twice; `own` allows for eight more.
     loss = own(center[0, 0].numel())
     centers = transposed(step.linear, center)
+    # Radii go by absolute weights, together with what rounding in float64 may do to the centers.
     radii = transposed(step.absolute, radius + loss * (center.abs() + radius))
     return [(one, other * (1 + loss) + TINY) for one, other in zip(centers, radii, strict=True)]
 
@@ -123,8 +129,10 @@ def _before_clamp(step: ClampStep, after: Interval, form: Form) -> Interval:
 
 def _before_maximum(step: MaxStep, after: Interval, form: Form) -> Interval:
     """Derivatives of candidates: 0 to 1 times that of the maximum; all of it if only one can be the largest."""
+    # Axis 2 is that of the channels: each candidate of a maximum gets the maximum's derivative.
     center, radius = (part.repeat_interleave(step.count, 2) for part in after)
     lower, upper = (end.unflatten(1, (-1, step.count)) for end in form.ends)
+    # A candidate may be the largest unless another one is larger for certain.
     may = upper >= lower.amax(2, keepdim=True)
     certain = may & (may.sum(2, keepdim=True) == 1)
     may, certain = (part.flatten(1, 2)[:, None] for part in (may, certain))

@@ -81,6 +81,7 @@ def _converted(step: Step) -> Step:
     if kind not in {None, torch.float32, torch.float64}:
         raise NotSupportedError(because(step, f"to {kind}"))
 
+    # Nothing is converted in float64. Where the network rounds to float32, `_move` counts the rounding.
     def call(value: Tensor, **_: object) -> Tensor:
         return value
 
@@ -123,6 +124,7 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     if any(isinstance(given, torch.dtype) for given in step.arguments):
         raise NotSupportedError(because(step, "as another type"))
     before, after = shapes[step.inputs[0]], shapes[step.outputs[0]]
+    # How many arguments after the input are axes; axis 0, also as counted from the end, is that of images.
     over = {"slice": 1, "squeeze": 1, "unsqueeze": 1, "select": 1, "transpose": 2}.get(step.name, 0)
     axes = step.arguments[1 : 1 + over]
     images_move = any(isinstance(axis, int) and axis % max(len(before), 1) == 0 for axis in axes)
@@ -132,6 +134,7 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
         images_move = images_move and not (whole[0] in {None, 0} and (whole[1] is None or whole[1] > 2**31))
     if step.name == "permute":
         images_move = step.arguments[1][0] != 0
+    # A first axis of another length than before is not that of the images any longer.
     if images_move or step.name == "t" or before[0] != after[0]:
         raise NotSupportedError(because(step, "across images"))
     rounds = step.name == "_to_copy" and step.keywords.get("dtype") is not None
@@ -143,6 +146,7 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
 
 def _constant_pad(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     check_only_input(step)
+    # Widths come in pairs, the last axis first; one more pair would pad the axis of images.
     if len(step.arguments[1]) > 2 * (len(shapes[step.inputs[0]]) - 1):
         raise NotSupportedError(because(step, "across images"))
     zero = replace(step, arguments=(*step.arguments[:2], 0.0))
@@ -171,6 +175,7 @@ def _average(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
         if divisor is not None and divisor <= 0:
             raise NotSupportedError(because(step, "with a negative divisor"))
     else:
+        # An adaptive window holds all sites of the map at most.
         terms = before[2:].numel()
     return LinearStep(step, step, step, step, terms + 2)
 
@@ -181,6 +186,7 @@ def _batch_norm(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     training = step.name == "native_batch_norm" and given[5]
     if training or len(step.inputs) != 1 or given[0] != Slot(step.inputs[0]) or given[3] is None:
         raise NotSupportedError(because(step, "with statistics of the batch"))
+    # The functions of NORMS differ in what lies between; eps comes last in each.
     weight, bias, mean, variance, eps = given[1], given[2], given[3], given[4], given[-1]
     # In float32 the parts of the formula may exceed its result.
     growth = (variance + eps).rsqrt().clamp(min=1) * (1.0 if weight is None else weight.abs().clamp(min=1))
@@ -225,6 +231,7 @@ def _scaled(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     factor = factor if isinstance(factor, Tensor) else torch.tensor(float(factor), dtype=torch.float64)
     _check_constant(step, factor, shapes)
     factor = factor.double()
+    # The reciprocal, by which torch may multiply instead, must be in range as well.
     if step.name == "div" and bool((factor.abs() < 1 / LARGEST).any()):
         raise NotSupportedError(because(step, "by a number near zero"))
     absolute = replace(step, arguments=(step.arguments[0], factor.abs()))
@@ -238,6 +245,7 @@ def _sum(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     parts = step.arguments[:2]
     if len(step.arguments) > 2 or alpha != 1:
         raise NotSupportedError(because(step, "with a factor"))
+    # rsub subtracts its first argument from its second.
     signs = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "rsub": (-1.0, 1.0)}[step.name]
     if all(isinstance(part, Slot) for part in parts):
         if shapes[step.inputs[0]] != shapes[step.inputs[1]]:
@@ -317,6 +325,7 @@ def _may_round(step: Step) -> bool:
 
 def leading_copies(steps: Sequence[Step], logits: int, shapes: dict[int, torch.Size]) -> int:
     """The slot of the logits before steps that only copy them."""
+    # Back from the logits, over steps that keep the shape and the order of the values.
     made = {slot: step for step in steps for slot in step.outputs}
     while logits in made and made[logits].name in MOVES and shapes[made[logits].inputs[0]] == shapes[logits]:
         if made[logits].name in {"permute", "transpose", "t"} or _may_round(made[logits]):

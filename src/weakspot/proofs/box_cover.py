@@ -50,11 +50,13 @@ def find_gap(low: Floats, high: Floats, lows: Floats, highs: Floats) -> tuple[Fl
         if bool(((lows <= low) & (highs >= high)).all(1).any()):
             continue
         cut = _cut(low, high, lows, highs)
+        # A box that reached into the part without an edge inside it would contain the whole part.
         if cut is None:
             return low, high
         channel, value = cut
         below, above = high.copy(), low.copy()
         below[channel] = above[channel] = value
+        # Boxes that reach across the cut are looked at on both sides.
         left, right = lows[:, channel] < value, highs[:, channel] > value
         parts += [(low, below, lows[left], highs[left]), (above, high, lows[right], highs[right])]
     return None
@@ -63,6 +65,7 @@ def find_gap(low: Floats, high: Floats, lows: Floats, highs: Floats) -> tuple[Fl
 def _cut(low: Floats, high: Floats, lows: Floats, highs: Floats) -> tuple[int, float] | None:
     """Channel and value of an edge inside the region that cuts few boxes; None if no edge is inside."""
     best: tuple[int, int, int, float] | None = None
+    # Boxes that only touch the part cover nothing of it.
     overlapping = ((lows < high) & (highs > low)).all(1)
     lows, highs = lows[overlapping], highs[overlapping]
     for channel in range(len(low)):
@@ -72,6 +75,7 @@ def _cut(low: Floats, high: Floats, lows: Floats, highs: Floats) -> tuple[int, f
         for place in {len(edges) // 4, len(edges) // 2, 3 * len(edges) // 4} if len(edges) else ():
             value = float(edges[place])
             cut = int(((lows[:, channel] < value) & (highs[:, channel] > value)).sum())
+            # Compared in this order: boxes cut, distance from the middle; the rest makes the choice unique.
             candidate = (cut, abs(2 * place - len(edges)), channel, value)
             best = candidate if best is None or candidate < best else best
     return None if best is None else best[2:]
@@ -80,5 +84,6 @@ def _cut(low: Floats, high: Floats, lows: Floats, highs: Floats) -> tuple[int, f
 def overlap(low: Floats, high: Floats, lows: Floats, highs: Floats) -> bool:
     """Whether boxes that cover a region overlap, or reach beyond it; faces may touch."""
     inside = bool((lows >= low).all() and (highs <= high).all())
+    # In parts of the region's volume: boxes that cover it sum up to 1 if they only touch, else to more.
     volume = math.fsum(np.prod((highs - lows) / (high - low), axis=1).tolist())
     return not inside or volume > 1 + OVERLAP

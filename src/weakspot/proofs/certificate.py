@@ -168,6 +168,7 @@ class PixelCertificate:
         Of an image that is misclassified without a change every pixel is refuted by its own color.
         """
         images, rows, columns = self.counterexample_pixels.unbind(1)
+        # Indexing by numbers copies: what is written below does not reach `self.images`.
         adversarial = self.images[images]
         adversarial[torch.arange(len(images)), :, rows, columns] = self.color[images, :, rows, columns]
         names = (f"{self.names[image]} row {row}, column {column}" for image, row, column in self._refuted)
@@ -273,6 +274,7 @@ def write_record(path: Path | str, record: Mapping[str, object]) -> Path:
     """Write a certificate as JSON, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Python would write NaN and infinity, which are not JSON: an error is better than such a file.
     text = json.dumps(record, allow_nan=False)
     write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))
     return path
@@ -290,6 +292,7 @@ def _finite_or_null(values: Tensor) -> list[object]:
     def plain(leaf: object) -> object:
         if isinstance(leaf, list):
             return [plain(one) for one in leaf]
+        # NaN fails the comparison and becomes null, too.
         return leaf if isinstance(leaf, float) and abs(leaf) < float("inf") else None
 
     return [plain(row) for row in values.tolist()]

@@ -230,6 +230,7 @@ class _PixelCheck:
         places = pixels[:, 0], slice(None), pixels[:, 1], pixels[:, 2]
         colors = one.color[places].double()
         inside = ((colors >= lows[places]) & (colors <= highs[places])).all(1)
+        # A pixel's own color is allowed, on the 8-bit grid or off it: it refutes a misclassified image.
         own = (one.color[places] == one.images[places]).all(1)
         if one.colors.eight_bit:
             inside &= (eight_bit_value((255 * colors).round()) == colors).all(1)
@@ -254,6 +255,7 @@ class _PixelCheck:
             return self._runs(image).whole(rows, columns, colors)[1].cpu()
         bounds = self._margin_bounds(image)
         least = bounds.bounds(rows, columns, colors, colors).upper.min(1)
+        # There is no margin over the label itself: the numbers of later classes are one higher.
         others = least.indices + (least.indices >= bounds.label)
         return torch.where(least.values < 0, others, bounds.label)
 
@@ -269,6 +271,7 @@ class _PixelCheck:
             part = boxes.select(rows)
             bounds = torch.minimum(self._bounds(image, part), self._sampled(image, part))
             slack = TOLERANCE * torch.maximum(part.bound.abs(), bounds.abs())
+            # Negated, so that a bound that is NaN is wrong as well.
             wrong = ~proves(bounds, part.method) | ~(part.bound <= bounds + slack)
             for row in wrong.nonzero()[:, 0].tolist():
                 yield (
@@ -328,6 +331,7 @@ class _PixelCheck:
         """Numbers of one random box of every pixel and of a sample of the others, in order."""
         pixels = self.certificate.boxes.pixels.numpy()
         order = self.random.permutation(len(pixels))
+        # In a random order, the first box of each pixel is a random one of its boxes.
         firsts = np.sort(np.unique(pixels[order], axis=0, return_index=True)[1])
         others = np.delete(order, firsts)[: self.sample]
         return torch.from_numpy(np.sort(np.concatenate([order[firsts], others]))).long()

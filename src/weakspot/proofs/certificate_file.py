@@ -150,6 +150,7 @@ class CertificateFile:
             raise self.error("counterexamples.pixels names pixels outside the images")
         places = pixels.unbind(1)
         refuting = self.tensor((len(pixels), channels), torch.float64, "counterexamples", "colors")
+        # Only refuted pixels are stored; all others keep the image's own color and have no class.
         color, predicted = chosen.clone(), torch.full(area, -1)
         color[places[0], :, places[1], places[2]] = refuting.to(color)
         predicted[places] = self.tensor((len(pixels),), torch.long, "counterexamples", "predicted")
@@ -224,6 +225,7 @@ def _tensor(values: object, dtype: torch.dtype) -> Tensor:
             raise ValueError("not finite")
         return -torch.inf if leaf is None else leaf
 
+    # By way of float64, so that 0.5 or 300 is refused and not cut to fit an integer type.
     precise = torch.tensor(known(values), dtype=torch.float64)
     if dtype.is_floating_point:
         return precise.to(dtype)

@@ -106,6 +106,7 @@ class ColorSearch:
             else:
                 # In real numbers: the margin to some class is below zero for certain.
                 least = self.bounds.bounds(rows, columns, colors[part], colors[part]).upper.min(1)
+                # There is no margin over the label itself: the numbers of later classes are one higher.
                 flipped, predicted = least.values < 0, least.indices + (least.indices >= self.bounds.label)
             chosen = part[flipped]
             flips[chosen] = True
@@ -273,6 +274,7 @@ class ColorSearch:
         if self.eight_bit:
             first, last = levels_between(low, high)
             middle = (first + last) // 2
+            # The halves share no color: the upper one begins a level after the lower one ends.
             ends = eight_bit_value(middle), eight_bit_value((middle + 1).clamp(max=TOP))
         else:
             ends = ((low + high) / 2,) * 2

@@ -52,6 +52,7 @@ def record_problems(one: PixelCertificate, classes: int) -> Iterator[str]:
         place = next(place for place in (*refuted, *named) if (place in refuted) != (place in named))
         yield f"the status of {pixel_name(one, torch.tensor(place))} does not fit its counterexamples"
     if len(boxes) and not bool(((boxes.pixels >= 0) & (boxes.pixels < torch.tensor(one.status.shape))).all()):
+        # What follows looks up the pixels of the boxes.
         yield "it has boxes of pixels outside the images"
         return
     if not bool(((boxes.method >= 0) & (boxes.method < len(METHODS))).all()):
@@ -82,6 +83,7 @@ def cover_problems(one: PixelCertificate) -> Iterator[str]:
     proven = (one.status == PROVEN).nonzero()
     _, height, width = one.status.shape
     sites = (boxes.pixels[:, 0] * height + boxes.pixels[:, 1]) * width + boxes.pixels[:, 2]
+    # The numbers of the boxes, pixel by pixel: those of one pixel are a stretch of `order`.
     order = sites.argsort(stable=True)
     sizes = torch.bincount(sites, minlength=one.status.numel())
     ends = sizes.cumsum(0)
@@ -110,6 +112,7 @@ def _cover_problem(corners: list[Tensor], *, eight_bit: bool) -> str:
     if eight_bit:
         # Between two levels there is no color: levels are intervals of length 1 that touch.
         first, last = levels_between(torch.cat([low[None], lows]), torch.cat([high[None], highs]))
+        # Row 0 is the region itself, the others are its boxes.
         (low, *_), lows = first.double(), first[1:].double()
         (high, *_), highs = (last + 1).double(), (last[1:] + 1).double()
     region = low.numpy(), high.numpy()

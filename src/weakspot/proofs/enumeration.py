@@ -128,6 +128,7 @@ def enumerate_colors(
         first = order[_first_of_each(owners[order])]
         rest = torch.ones(len(owners), dtype=torch.bool)
         rest[first] = False
+        # From here down to the least margin; boxes that the deadline leaves keep minus infinity.
         lowest[part] = torch.inf
         open_now = torch.zeros(count, dtype=torch.bool)
         open_now[part] = True
@@ -147,6 +148,7 @@ def enumerate_colors(
             status[flipped], found[flipped], predicted[flipped] = -1, colors[now[flips]], classes[flips]
             open_now[flipped] = False
         if late:
+            # The colors that were not run may have any margin.
             lowest[open_now] = -torch.inf
             break
         status[open_now] = 1
@@ -155,12 +157,14 @@ def enumerate_colors(
 
 def _parts(sizes: Tensor) -> list[Tensor]:
     """Numbers of boxes in groups of about `BLOCK` colors."""
+    # A box goes with the block in which its last color lies, so that no box is divided.
     group = (sizes.cumsum(0) - 1) // BLOCK
     return list(torch.arange(len(sizes)).split(torch.bincount(group)[torch.bincount(group) > 0].tolist()))
 
 
 def _first_of_each(owners: Tensor) -> Tensor:
     """The first place of each owner in a list of owners, in the order of places."""
+    # A place beyond the list stands for owners that do not occur in it.
     places = torch.full((int(owners.max()) + 1,), len(owners))
     places = places.scatter_reduce(0, owners, torch.arange(len(owners)), "amin")
     return places[places < len(owners)].sort().values

@@ -46,6 +46,7 @@ class Ledger:
         sites = self.region.numel()
         self.status = torch.full((sites,), UNKNOWN, dtype=torch.int8)
         self.lower_bound = torch.full((sites,), -torch.inf, dtype=torch.float64)
+        # (N * H * W, C): the channels of each site, in reading order.
         self.color = self.images.permute(0, 2, 3, 1).reshape(sites, -1).clone()
         self.predicted = torch.full((sites,), -1)
         self.reason = torch.full((sites,), -1, dtype=torch.int8)

@@ -82,11 +82,14 @@ def convolve(
             maps.contiguous(), weight, bias, stride, padding, dilation, transposed, output_padding, groups
         )
     down, along = pair(padding)
+    # (N, H, W, C) with a border; F.pad takes the last axis first, here the channels, which get none.
     sites = F.pad(maps.permute(0, 2, 3, 1), (0, 0, along, along, down, down))
     high, wide = weight.shape[2:]
+    # (N, rows, columns, C, high, wide): the sites that each result reads.
     patches = sites.unfold(1, high, pair(stride)[0]).unfold(2, wide, pair(stride)[1])
     # Channels last, so that the copy moves long stretches of memory.
     patches = patches.permute(0, 1, 2, 4, 5, 3)
+    # (high * wide * C, out), in the order in which patches are flattened below.
     factors = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
     each = max(1, PATCH_BYTES // max(1, 8 * patches[0].numel()))
     rows = [part.reshape(-1, len(factors)) @ factors for part in patches.split(each)]
@@ -109,6 +112,7 @@ def matrix_step(
 
     def times(factors: Tensor, constant: Tensor | None) -> Step:
         def call(rows: Tensor, factors: Tensor) -> Tensor:
+            # Maps are flattened here, because `network_steps` leaves their flattening out.
             result = rows.flatten(1) @ factors
             return result if constant is None else result + constant
 
@@ -121,6 +125,7 @@ def matrix_step(
         rounding=times(magnitudes, None),
         terms=len(matrix) + 2,
         constant=weight[None] if bias is not None else None,
+        # One column for all results, which read the same values.
         counting=times(torch.ones_like(matrix[:, :1]), None),
     )
 
@@ -149,6 +154,7 @@ def differences(step: Step, label: int) -> LinearStep | None:
         return None
     matrix, bias = factors
     others = [column for column in range(matrix.shape[1]) if column != label]
+    # (in, K - 1): a column for the margin over each other class.
     merged = matrix[:, label : label + 1] - matrix[:, others]
     sizes = matrix[:, label : label + 1].abs() + matrix[:, others].abs()
     if bias is None:

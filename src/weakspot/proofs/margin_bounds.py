@@ -45,6 +45,7 @@ class Margins:
 
     def within(self, exact: Margins, moved: Tensor) -> Margins:
         """Bounds that also know that these margins are no further than `moved` (M, K - 1) from exact ones."""
+        # Infinity less infinity is NaN, which below becomes a bound that says nothing.
         lower, upper = exact.lower - moved, exact.upper + moved
         lower = lower - own(1) * (exact.lower.abs() + moved)
         upper = upper + own(1) * (exact.upper.abs() + moved)
@@ -109,6 +110,7 @@ class MarginBounds:
         margins = self._margins(self._propagation.run(_form_of(*boxes), deep=deep))
         if not self.as_run:
             return margins
+        # Only boxes that rounding alone may have kept from being proven.
         near = ((margins.bound <= 0) & (margins.bound > -NEAR * self._lost)).nonzero()[:, 0]
         for part in near.split(self._boxes_at_once) if len(near) else ():
             exact = self.exact.bounds(*(values[part] for values in boxes), deep=deep)
@@ -117,6 +119,7 @@ class MarginBounds:
             if bool(worthwhile.any()):
                 chosen = part[worthwhile]
                 form = _form_of(*(values[chosen] for values in boxes))
+                # Never deep: `on_whole_maps` keeps only how far each value may move.
                 forms = self._propagation.run(form, deep=False, keep=True)
                 moved = self._moved_by_rounding(forms, self._propagation.overflows, follow[worthwhile])
                 closer = margins.select(chosen).within(exact.select(worthwhile), moved)
@@ -152,6 +155,7 @@ class MarginBounds:
         """
         whole_forms = self._propagation.on_whole_maps(forms)
         logits = forms[self.network.logits].center[0]
+        # A row for each margin, if a last matrix was merged; else for each logit, and margins follow.
         derivatives = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
         if self.network.last is None:
             others = [k for k in range(len(derivatives)) if k != self.label]
@@ -168,6 +172,7 @@ class MarginBounds:
                 (self.network.logits, derivatives[part]),
                 self.network.recording.count,
             )
+            # Where a box has fewer margins to follow than others, further ones were followed and are masked.
             moved.scatter_(1, part, found)
         unknown = (overflows | self._clean_overflows)[:, None] | ~follow
         return moved.masked_fill(unknown, torch.inf)
@@ -182,6 +187,7 @@ class MarginBounds:
             others = [k for k in range(flat.center.shape[1]) if k != self.label]
             own_part = slice(self.label, self.label + 1)
             center = flat.center[:, own_part] - flat.center[:, others]
+            # What moves both logits alike cancels; radii, whose signs are unknown, add up.
             generators = flat.generators[:, :, own_part] - flat.generators[:, :, others]
             radius = flat.radius[:, own_part] + flat.radius[:, others]
             sizes = flat.magnitude[:, own_part] + flat.magnitude[:, others]
@@ -204,6 +210,7 @@ def _form_of(rows: Tensor, columns: Tensor, low: Tensor, high: Tensor) -> Form:
     reach = torch.where(high > low, reach + TINY, 0.0)
     return Form(
         center.view(count, 1, 1, channels),
+        # Generator k moves channel k alone.
         torch.diag_embed(reach).view(count, channels, 1, 1, channels),
         center.new_zeros(count, 1, 1, channels),
         ((-1, channels),),

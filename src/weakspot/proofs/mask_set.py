@@ -75,6 +75,7 @@ class MaskSet:
         """Bool (M, 1, H, W), the pixels that each mask hides."""
         tops, lefts = self.places(device)
         rows, columns = (torch.arange(length, device=device) for length in self.image)
+        # (M, H) and (M, W), of which each mask is the outer product.
         down = (rows >= tops[:, None]) & (rows < tops[:, None] + self.mask[0])
         across = (columns >= lefts[:, None]) & (columns < lefts[:, None] + self.mask[1])
         return down[:, None, :, None] & across[:, None, None, :]
@@ -90,6 +91,7 @@ def patch_side(patch: Patch, image: tuple[int, int]) -> int:
     (32, 5)
     """
     most = min(image)
+    # True is an integer in Python, but no side of a patch.
     whole = isinstance(patch, int) and not isinstance(patch, bool)
     if not is_number(patch) or not (patch >= 1 if whole else 0 < patch < 1):
         raise ValueError(
@@ -108,6 +110,7 @@ def _cover(length: int, patch: int, masks: int) -> tuple[int, tuple[int, ...]]:
     With stride s = ceil((n - p + 1) / k) and masks of p + s - 1, the mask that starts at a covers the patches that
     start at a, ..., a + s - 1; the last mask ends with the image (the paper's mask set generation).
     """
+    # A patch has length - patch + 1 places; negated twice, the quotient is rounded up.
     stride = -(-(length - patch + 1) // masks)
     mask = patch + stride - 1
     return mask, tuple(dict.fromkeys([*range(0, length - mask, stride), length - mask]))

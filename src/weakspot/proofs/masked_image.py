@@ -46,6 +46,7 @@ class MaskedImage:
 
     def margin(self, base: int, number: int, label: int) -> float:
         """The least margin of a class under two masks, whichever comes first, or under one, alone or onto itself."""
+        # The same picture in either order, from two batches, which may round differently.
         second = number if base == NONE else base
         return float(
             margins_of(torch.stack([self.logits(base)[number], self.logits(number)[second]]), label).min()
@@ -77,6 +78,7 @@ def count_votes(first: Tensor, classes: int, second: Callable[[int], Tensor]) ->
     majority = votes.argmax()
     for number in (first != majority).nonzero()[:, 0].tolist():
         if bool((second(number) == first[number]).all()):
+            # More votes than there are masks, so that no majority has as many.
             votes[first[number]] = len(first) + 1
             break
     return votes.float()

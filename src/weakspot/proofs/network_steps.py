@@ -60,6 +60,7 @@ def bound_network(classifier: Classifier, image: Tensor) -> BoundNetwork:
     # What follows the logits only copies them. A last matrix is merged for each image, with its label.
     makers = [number for number, step in enumerate(recording.steps) if logits in step.outputs]
     needed = _on_maps(recording.steps[: makers[0] + 1], shapes, logits) if makers else []
+    # Any label will do to ask whether the last step is a matrix.
     merged = needed[-1] if needed and differences(needed[-1], 0) else None
     steps = [part for step in needed if step is not merged for part in bound_steps(step, shapes)]
     _check_made(steps, merged, logits)
@@ -68,6 +69,7 @@ def bound_network(classifier: Classifier, image: Tensor) -> BoundNetwork:
 
 def _on_maps(steps: Sequence[Step], shapes: dict[int, torch.Size], logits: int) -> list[Step]:
     """The steps with products of flattened maps as products of the maps themselves, which may stay windows."""
+    # Slots of flattened maps, with the slots of the maps themselves.
     maps = {
         step.outputs[0]: step.inputs[0]
         for step in steps

@@ -83,6 +83,7 @@ class PatchCheck:
         whole = MaskedImage(self.classifier, one.masks, one.images[number : number + 1])
         single = self._noted(whole.logits(NONE))
         scale = float(logit_scale(single))
+        # The margin under the two masks that the certificate names, computed anew.
         a, b = one.pair[number].tolist()
         named = float(margins_of(self._logits(number, hidden[a : a + 1] | hidden[b : b + 1]), label)) / scale
         stated = float(one.margin[number])
@@ -157,6 +158,7 @@ def cover_problem(masks: MaskSet) -> str:
     ):
         if not 1 <= masks.patch <= length or any(start < 0 or start + mask > length for start in starts):
             return "its patch or its masks do not lie inside the image"
+        # Every place is tried, because the masks are those of a file and need not follow any formula.
         for first in range(length - masks.patch + 1):
             if not any(start <= first and first + masks.patch <= start + mask for start in starts):
                 return f"no mask covers a patch of {masks.patch} pixels that starts at pixel {first}"

@@ -139,15 +139,19 @@ class _Prover:
         )
         # If not even the unchanged image is proven, no box that holds its color can be.
         loose = bounds is not None and bool(bounds.clean.bound <= 0)
+        # The cheapest first: one box of all colors, then colors that may refute, then splits of the rest.
         if bounds is not None and not loose:
             search.prove_at_once(ledger.open_sites(image))
+        # The network as run refutes without bounds; in exact arithmetic, only bounds can.
         if bounds is not None or self.as_run:
             _sweep(search, ledger.open_sites(image))
         if bounds is not None and not loose:
             search.search(ledger.open_sites(image), report or (lambda _: None))
+        # To run every color proves a pixel even if the network has no bounds.
         if self.as_run and self.allowed.eight_bit:
             search.enumerate_whole(ledger.open_sites(image))
         if bounds is not None and loose:
+            # Nothing varies in the unchanged image: half the width of its bounds is what rounding takes.
             nearest = bounds.clean.lower.argmin(1)
             lost = float((bounds.clean.upper - bounds.clean.lower)[0, nearest]) / 2
             kind = "float32" if self.as_run else "float64, in which bounds are computed"

@@ -18,6 +18,7 @@ from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxSt
 from weakspot.proofs.rounding_errors import LARGEST, MOST_TERMS, SMALLEST, TINY, gamma, own
 from weakspot.proofs.sparse_generators import takes_fresh, window_product, with_fresh
 
+# Linear steps that are done on windows where `rules.apply` can; all others take whole maps.
 BY_WINDOWS = {
     "convolution", "avg_pool2d", "constant_pad_nd", "slice", "cat", "add", "sub", "rsub", "mul", "div", "neg", "alias",
     "detach", "clone", "contiguous", "lift_fresh", "_to_copy",
@@ -76,6 +77,7 @@ class Propagation:
         for number, step in enumerate(self.steps):
             source = step.value if isinstance(step, LinearStep) else step.step
             forms = [values[slot] for slot in source.inputs]
+            # Fresh generators move one value each, as these steps can use; all others take them written out.
             if isinstance(step, LinearStep) and takes_fresh(step):
                 result = self._linear(step, forms)
                 result = with_fresh(step, forms[0], result, self._sizes.get(source.inputs[0], (1, 1)))
@@ -157,9 +159,11 @@ class Propagation:
         count, many = forms[0].generators.shape[:2]
         slots = step.value.inputs
         places = [(form.tops, form.lefts) for form in forms]
+        # There is one unchanged image, whose maps surround all windows.
         owners = torch.zeros(count, dtype=torch.long)
 
         def windows(what: Step, part: str) -> Windows | None:
+            # Each generator is a window of its own at the place of its box: (M * k, h, w, C).
             repeats = many if part == "generators" else 1
             spots = _repeated(places, repeats) if repeats > 1 else places
             values = {
@@ -184,6 +188,7 @@ class Propagation:
             generators = center.values.new_zeros(count, 0, *center.values.shape[1:])
             if many:
                 generators = run(step.linear, "generators").unflatten(0, (count, many))
+            # Windows have their channels last, over which a flat constant broadcasts.
             constant = None if step.constant is None else step.constant.flatten()
             radius = self._radius(step, constant, run)
         except _NeedsWholeError:
@@ -281,5 +286,6 @@ def _last_use(steps: Sequence[BoundStep], logits: int) -> dict[int, int]:
         source = step.value if isinstance(step, LinearStep) else step.step
         for slot in source.inputs:
             last[slot] = number
+    # Beyond the last step, so that the logits are never dropped.
     last[logits] = len(steps)
     return last

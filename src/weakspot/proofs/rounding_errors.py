@@ -69,6 +69,7 @@ def float32_troubles(network: nn.Module) -> str | None:
         )
     if torch.backends.cuda.matmul.allow_tf32:
         return "TF32 is allowed (set torch.backends.cuda.matmul.allow_tf32 = False)"
+    # Settings that not every version of torch has.
     precisions = (
         ("torch.backends", torch.backends),
         ("torch.backends.mkldnn", torch.backends.mkldnn),

@@ -29,6 +29,7 @@ def window_product(step: LinearStep, form: Form, size: tuple[int, int]) -> Tenso
     # Pixels that share a window share the matrix's rows, whose copies would cost more than the products.
     starts = numbers[:, 0]
     counts = starts.unique(return_counts=True)[1]
+    # Windows of one size that begin at the same number hold the same numbers: one group for each place.
     for part in starts.argsort().split(counts.tolist()):
         result[part] = values[part] @ matrix[numbers[part[0]]]
     return result
@@ -46,11 +47,13 @@ def with_fresh(step: LinearStep, form: Form, result: Form, size: tuple[int, int]
     fresh = form.fresh
     if fresh is None:
         return result
+    # Places are counted within the form, numbers within the whole map.
     numbers = _numbers(form, size).gather(1, fresh.places)
     if step.linear.name == "mm":
         made = step.linear.arguments[1].index_select(0, numbers.flatten()).view(*numbers.shape, -1)
     else:
         made = _convolved(step, result, numbers, size)
+    # Up to here, as if every value grew by 1.
     made *= fresh.amounts.view(*numbers.shape, *[1] * (made.ndim - 2))
     blocks = (*result.blocks, (fresh.step, numbers.shape[1]))
     return replace(result, generators=torch.cat([result.generators, made], 1), blocks=blocks)
@@ -60,6 +63,7 @@ def _convolved(step: LinearStep, result: Form, numbers: Tensor, size: tuple[int,
     """(M, k, ...) what the values with these numbers (M, k) add to each result of a convolution if they grow by 1."""
     _, weight, _, stride, padding, *_ = step.linear.arguments
     sites = size[0] * size[1]
+    # Numbers run over (C, H, W), the last axis fastest.
     channels, rows, columns = numbers // sites, numbers % sites // size[1], numbers % size[1]
     windows = result.tops is not None
     reached = result.center.shape[1:3] if windows else result.center.shape[2:]
@@ -74,6 +78,7 @@ def _convolved(step: LinearStep, result: Form, numbers: Tensor, size: tuple[int,
         inside.append(torch.where((reads >= 0) & (reads < extent), reads, extent))
     # A row of the padded kernel is all output channels of one place and input channel, found by one flat number.
     padded = F.pad(weight, (0, 1, 0, 1)).permute(2, 3, 1, 0)
+    # (M, k, h, w): the place of the kernel with which each result reads each value.
     chosen = inside[0][..., :, None] * padded.shape[1] + inside[1][..., None, :]
     chosen = chosen * padded.shape[2] + channels[..., None, None]
     made = padded.reshape(-1, len(weight)).index_select(0, chosen.flatten()).view(*chosen.shape, len(weight))

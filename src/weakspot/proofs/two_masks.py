@@ -260,6 +260,7 @@ class _Masked:
                 pairs = self.margins(base, others, self.windows(base, others), label, scale)
                 least, place = pairs.min(0)
                 worst = min(worst, (float(least), (base, int(others[place]))))
+        # Of a certified image every mask alone gives the label, so that no votes need be counted.
         certified, predicted = worst[0] > 0, label
         if not certified:
             votes = count_votes(
@@ -280,6 +281,7 @@ class _Masked:
     def classes(self, base: int, logits: Tensor, scale: float) -> Tensor:
         """(M,) classes under a mask and each of all, by windows' logits (M, K)."""
         top = logits.topk(2, 1).values
+        # The network runs all masks as one batch, so that one near tie decides for all of them.
         near = bool((top[:, 0] - top[:, 1] <= SLACK * scale).any())
         return (self.whole.logits(base) if near else logits).argmax(1)
 
@@ -287,5 +289,6 @@ class _Masked:
         """(n, K) under a mask and each of some masks (n,), to 1e-4 of the range of the logits."""
         self.by_windows += len(numbers)
         edits = Edits(self.classifier, self.whole.masked(base), self.prepared)
+        # Masks are edits: rectangles in the fill color, on the image under the first mask.
         patches = self.whole.fill.expand(len(numbers), -1, *self.cover.mask)
         return edits.logits(torch.zeros_like(numbers), self.tops[numbers], self.lefts[numbers], patches)

@@ -71,6 +71,7 @@ def border(images: Tensor, *, width: int) -> Tensor:
     check_batch(images)
     check_count("width", width)
     region = torch.ones_like(images[:, :1], dtype=torch.bool)
+    # An empty slice if twice the width reaches a side: then all is frame.
     region[:, :, width:-width, width:-width] = False
     return region
 
@@ -227,4 +228,5 @@ def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
         )
         # Random numbers below one only order the sites at the same distance.
         scores = scores - inward
+    # `top` turns the fraction back into exactly this number of sites.
     return top(scores.to(mask.device), int(mask.sum()) / (height * width))

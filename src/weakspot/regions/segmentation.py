@@ -121,6 +121,7 @@ def _outside_grabcut(image: Tensor) -> Tensor:
     height, width = image.shape[1:]
     zoom = ZOOM if min(height, width) < SHORT else 1
     pixels = (image.float().expand(3, -1, -1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    # OpenCV takes x before y, and width before height.
     pixels = cv2.resize(pixels, (width * zoom, height * zoom))
     (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
     rectangle = (left * zoom, top * zoom, inner_width * zoom, inner_height * zoom)

@@ -202,6 +202,7 @@ class _Maker:
         if _is_file(spec.text):
             return self.from_file(spec.text)
         union = torch.zeros_like(self.images[:, :1], dtype=torch.bool)
+        # & binds more tightly than |.
         for alternative in spec.text.split("|"):
             intersection = torch.ones_like(union)
             for term in alternative.split("&"):
@@ -222,6 +223,7 @@ class _Maker:
         kind = _kind(word)
         if kind is not None:
             return kind.make(self, word.partition(":")[2])
+        # A word with a suffix is meant as a file; if there is none, reading it says so.
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
             forms = ", ".join(form for form in region_forms() if ":" in form)
             remedy = f"or {forms}, a mask picture, or these with ~, &, | and matched:"
@@ -272,6 +274,7 @@ def _kinds(text: str) -> list[RegionKind]:
     """The kinds of region in a region's text; none if the text is the path of a file."""
     if _is_file(text):
         return []
+    # The prefixes of controls and the number of a donor are not names of kinds.
     words = re.findall(r"[^&|~() ]+", re.sub(r"\b(matched|other):|#\d+$", " ", text))
     return [kind for kind in map(_kind, words) if kind is not None]
 

@@ -42,6 +42,7 @@ def bundled(entry: str, folders: Sequence[Traversable] = ()) -> str:
         text = _read(f"{name}.js", places)
         for _, imported in IMPORT.findall(text):
             if imported not in parts:
+                # Depth first: what a module imports stands before it in the script.
                 inner = add(imported, (*importers, name))
                 exports = ", ".join(EXPORT.findall(inner))
                 body = EXPORT.sub(lambda match: match[0].removeprefix("export "), inner)

@@ -101,6 +101,7 @@ def draw_certificate(axis: Axes, view: CertificateView) -> list[Artist]:
     _hatch(axis, masks[UNKNOWN])
     rows, columns = np.nonzero(masks[REFUTED])
     if 0 < len(rows) <= MOST_CROSSES:
+        # In points, on a map about 3.6 inches wide; the size of a marker, `s`, is an area in square points.
         points = 3.6 * 72 / max(height, width)  # size of a pixel
         axis.scatter(columns, rows, s=(0.7 * points) ** 2, marker="x", color="white", lw=max(0.4, points / 9))
     counts = [int(mask.sum()) for mask in masks.values()]
@@ -124,6 +125,7 @@ def _hatch(axis: Axes, mask: NDArray[np.bool_]) -> None:
     fine = max(1, FINE // max(height, width))
     # A border around it, so that areas at the edge are closed.
     raster = np.pad(np.kron(mask, np.ones((fine, fine))), 1)
+    # Centers of the fine cells in pixels of the image, with one more on each side for the border.
     down, across = ((np.arange(side * fine + 2) - 0.5) / fine - 0.5 for side in (height, width))
     drawn = axis.contourf(across, down, raster, levels=[0.5, 1.5], colors="none", hatches=[HATCH])
     drawn.set_edgecolor("#333333")

@@ -77,6 +77,7 @@ def _pair(explanation: Explanation, index: int) -> dict[str, object]:
         "headline": headline(row),
         "fact": fact,
         "verdict": verdict,
+        # The verdict may begin with the strongest fact, the sentence on the smallest square.
         "finding": spoken if spoken.startswith(fact) else f"{fact} {spoken}",
         "failure": _failure(row),
         "thumbnail": _thumbnail(eight_bit(explanation.pairs.adversarial[index])),

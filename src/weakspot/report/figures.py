@@ -89,6 +89,7 @@ def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
         if view.logarithmic:
             # In gray levels, the smallest brightest, over the photograph.
             axis.imshow(clean.mean(0), cmap="gray", vmin=0, vmax=1)
+            # On a logarithmic scale `high` is the smallest size, which is the lower limit here.
             scale = LogNorm(255 * view.high, 255 * view.low, clip=True)
             shown = axis.imshow(
                 255 * values, cmap=colors.reversed(), norm=scale, interpolation="nearest", alpha=0.65

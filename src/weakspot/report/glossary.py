@@ -77,6 +77,7 @@ WORDS = {
     "SSIM": "SSIM", "changed cells": "changed cells", "units": "units", "8 bits": "8 bits",
     "adversarial image": "adversarial image",
 }  # fmt: skip
+# Longer words first: a regular expression takes the first alternative that fits.
 _PATTERN = re.compile(
     r"(?<![\w-])(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")(?![\w-])"
 )

@@ -40,6 +40,7 @@ def overview(scores: pd.DataFrame) -> str:
         sentence = f"The attack succeeds on {done or 'none'} of {which}"
     if squares := _squares(correct):
         known = " that the network classifies correctly"
+        # Said once, in the half of the sentence that comes first.
         sentence = sentence.removesuffix(known)
         sentence = f"{squares}{known if wrong else ''}; {sentence[0].lower()}{sentence[1:]}"
     if rounded:
@@ -213,6 +214,7 @@ def _cells(fraction: float) -> str:
     >>> _cells(1 / 64), _cells(13 / 64), _cells(1.0)
     ('1 in 64 changed cells', '20% of the changed cells', '100% of the changed cells')
     """
+    # Back from a float to whole numbers of cells, as long as there are at most 4096.
     ratio = Fraction(fraction).limit_denominator(4096)
     if ratio.numerator == 1 < ratio.denominator:
         return f"1 in {ratio.denominator} changed cells"

@@ -19,6 +19,7 @@ def layer_browser(series: Series, index: int) -> tuple[dict[str, object], list[d
         highest, top = float(values.max()), float(np.nan_to_num(tops[index].item(), posinf=0))
         frame = {"step": step, "height": values.shape[0], "width": values.shape[1], "highest": highest}
         frames.append(
+            # A layer that is silent in the clean image has no peak; then the largest change is the brightest.
             {**frame, "values": compressed_levels(values, 0.0, highest), "top": top or highest or 1.0}
         )
     # The slider starts at the last layer whose map shows something: often the whole last layer has changed.

@@ -61,6 +61,7 @@ class MapView:
     @property
     def scaled(self) -> tuple[NDArray[np.float32], float, float]:
         """Values (H, W), first and last color as they are drawn: logarithms to base 10 on a logarithmic scale."""
+        # On a logarithmic scale `low` is the largest size, and an infinite one is drawn like it.
         values = np.nan_to_num(self.values, posinf=self.low)
         if not self.logarithmic:
             return values, self.low, self.high
@@ -129,6 +130,7 @@ def cell_edges(size: Sequence[int], grid: int) -> tuple[list[int], list[int]]:
     ([0, 1, 2], [0, 3, 5])
     """
     numbers, (rows, columns) = cell_numbers((size[0], size[1]), grid)
+    # In the first column of sites, cells are numbered in steps of `columns`; their heights add up to edges.
     tops = numbers[:, 0].div(columns, rounding_mode="floor").bincount().cumsum(0).tolist()
     lefts = numbers[0].bincount().cumsum(0).tolist()
     assert len(tops) == rows  # noqa: S101

@@ -141,6 +141,7 @@ def _model_options(made: Mapping[str, str]) -> str:
     for place, word in enumerate(words):
         name, equals, _ = word.partition("=")
         if name in MODEL_OPTIONS:
+            # --option=value is one word, --option value are two.
             chosen += [word] if equals else words[place : place + 2]
     return f" {shlex.join(chosen)}" if chosen else ""
 

@@ -176,6 +176,7 @@ def _levels(view: MapView) -> dict[str, object]:
     values, *limits = view.scaled
     low, high = float(values.min()), float(values.max())
     if view.picture.kind == "category":
+        # With these limits, a level is the number of its category.
         low, high = 0.0, 255.0
     return {
         "values": compressed_levels(values, low, high),

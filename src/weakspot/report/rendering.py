@@ -55,6 +55,7 @@ def base64_text(content: bytes) -> str:
 
 def compressed_levels(values: NDArray[np.floating], low: float, high: float) -> str:
     """Values from `low` to `high` as 8-bit levels, compressed, in base64."""
+    # A map of one value has no range; then every level is 0.
     levels = np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
     return base64_text(zlib.compress(levels.tobytes(), 9))
 

@@ -108,6 +108,7 @@ def _draw_cells(axis: Axes, values: NDArray[np.float32], view: SpotView) -> bool
         cmap="viridis_r",
         norm=LogNorm(low, high),
         alpha=OPACITY,
+        # Pixel centers are whole numbers, so this covers the photograph from edge to edge.
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         interpolation="nearest",
     )

@@ -66,6 +66,7 @@ def _layer(
         _row(row, pictures, study) for row in detectors.sort_values("iou", ascending=False).to_dict("records")
     ]
     # The best unit of each concept that has pictures, in the order of the bars.
+    # Of equal keys the last one stays: reversed, that is the unit with the largest IoU.
     best = {row.concept: row for row in reversed(rows) if row.pictures}
     return {
         "study": None if study is None else _study(study),

@@ -100,6 +100,7 @@ def _points(axis: Axes, panel: Panel) -> None:
     left, right, bottom, top = (*axis.get_xlim(), *axis.get_ylim())
     left, bottom = min(left, 0.0), min(bottom, 0.0)
     for slope in panel.slopes:
+        # Up to where the line leaves the panel, at its right or its upper edge.
         end = min(right, top / slope)
         axis.plot([0, end], [0, slope * end], color="0.35", ls="--", lw=1)
     axis.set_xlim(left, right)

@@ -55,6 +55,7 @@ def verdict_table(results: Sequence[Reproduction], pages: Sequence[str]) -> str:
     rows = [
         f"| [{result.paper}]({page}) | {_one_cell(claim.name)} | {claim.verdict} | {'' if number else about} |"
         for result, page in zip(results, pages, strict=True)
+        # A loop over one value, to name it; it is written in the first row of each paper only.
         for about in [f"{result.size}: {_one_cell(result.data)}"]
         for number, claim in enumerate(result.claims)
     ]

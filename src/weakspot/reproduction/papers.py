@@ -88,6 +88,7 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
             text = json.dumps(asdict(claim), ensure_ascii=False, allow_nan=False)
             write_atomic(stored, lambda part, text=text: part.write_text(text, "utf-8"))  # type: ignore[misc]
             spent.save()
+        # Read back even if just measured, so that an interrupted run gives exactly the same values.
         claims.append(Claim.from_json(json.loads(stored.read_text("utf-8"))))
     seconds, cpu_seconds = spent.stored()
     result = Reproduction(

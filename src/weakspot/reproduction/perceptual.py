@@ -152,6 +152,7 @@ class Perceptual:
         outcome = NOT_CONFIRMED
         if result.aligned_overall:
             outcome = CONFIRMED
+        # Special to the image and learned, but variance x gradient or PGD of the same SSIM shows as much.
         elif {"other images", "random_weights"} <= exceeded:
             outcome = CAUTION
             control += " The change does not clearly exceed all of them: the agreement is not that of a quality ball."
@@ -191,6 +192,7 @@ class Perceptual:
         material = self.material
         similarity = torch.full((material.count,), torch.nan)
         for scale in LADDER:
+            # NaN marks the images that no smaller budget fooled.
             rest = similarity.isnan().nonzero()[:, 0]
             if not len(rest):
                 break

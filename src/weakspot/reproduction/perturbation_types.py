@@ -207,6 +207,7 @@ class Promotion:
             )
         material.log("dissecting the last layer")
         # A module that does not state its input size is dissected at the size of the images.
+        # The copy is shallow: it shares the weights, and the user's classifier keeps its own size.
         classifier = copy.copy(as_classifier(material.model))
         classifier.input_size = (material.images.shape[2], material.images.shape[3])
         with evaluating(classifier):

@@ -156,6 +156,7 @@ def _studentized(values: NDArray[np.float64], seed: int) -> tuple[NDArray[np.flo
         drawn = _bootstrap_t(values[:, short], seed)
         upper, lower = np.quantile(drawn, [1 - BOOTSTRAP_TAIL, BOOTSTRAP_TAIL], axis=0)
         # Bootstrap-t exchanges the tails: the upper quantile gives the lower bound.
+        # fmin and fmax ignore NaN, which a quantile between two infinite statistics gives.
         low[short] = np.fmin(low[short], mean[short] - upper * error[short])
         high[short] = np.fmax(high[short], mean[short] - lower * error[short])
     return low, high
@@ -173,6 +174,7 @@ def _moments(
 def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """(resamples, columns) of (mean* - mean) / standard error*, with images drawn with replacement."""
     known = np.isfinite(values)
+    # A missing value is 0 after centering, so it adds nothing to any sum.
     centered = np.where(known, values - np.nanmean(values, axis=0), 0.0)
     spread = np.nanstd(values, axis=0)
     rng = np.random.default_rng(seed)
@@ -181,6 +183,7 @@ def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     rows = max(1, 4_000_000 // images)  # at once, so that memory does not grow with the number of images
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
+        # How often each image is drawn: one matrix product then sums over a resample for all columns.
         weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
         counts = np.maximum(weights @ known, 2)  # a resample may hold one or none of a column's images
         shift = weights @ centered / counts

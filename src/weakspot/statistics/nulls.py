@@ -51,6 +51,7 @@ def ranks(maps: Tensor) -> Tensor:
     """Ranks (N, H, W) of the sites within each map; ties get their mean rank."""
     import pandas as pd
 
+    # pandas ranks columns. The copy makes the transposed result contiguous, as `view_as` needs it.
     ranked = pd.DataFrame(maps.flatten(1).T.cpu().numpy()).rank().to_numpy().T
     return torch.from_numpy(ranked.copy()).to(maps.device).view_as(maps)
 
@@ -59,6 +60,7 @@ def queen_lag(maps: Tensor) -> Tensor:
     """Mean (N, H, W) of the up to eight neighbors of each site."""
     kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=maps.device)
     kernel[..., 1, 1] = 0
+    # Zeros beyond the border add nothing to a sum; the sums of ones count the neighbors that exist.
     sums, counts = (
         torch.nn.functional.conv2d(tensor[:, None], kernel, padding=1)[:, 0]
         for tensor in (maps.double(), torch.ones_like(maps[:1], dtype=torch.float64))
@@ -118,6 +120,7 @@ def other_image_test(matrix: Tensor) -> OtherImageTest:
     count = len(values)
     own = values.diagonal().copy()
     others = values.copy()
+    # Without the own values, row j holds what attack j has with other images' maps.
     np.fill_diagonal(others, np.nan)
     others[np.isnan(own)] = np.nan  # an attack without an own value does not contribute to the pool
     enough = np.isfinite(others).sum(1) >= LEAST_OTHERS
@@ -147,6 +150,7 @@ def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.n
         rest = np.maximum(squares - centered**2 * number / (number - 1), 0) / (number - 2)
         pool = np.where(flat, 0.0, moved / np.sqrt(rest))
         apart = own[:, None] - mean
+        # If all other maps agree, an own value beside them is infinitely far from them.
         sign = np.where(np.abs(apart) <= ROUNDING * scale, 0.0, np.sign(apart) * np.inf)
         scores = np.where(flat, sign, apart / np.sqrt(squares / (number - 1)))
     return pool[known], scores[:, 0]
@@ -157,8 +161,10 @@ def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
     ordered = np.sort(pool)
     slack = ROUNDING * np.abs(scores)
     slack[np.isinf(scores)] = 0.0
+    # Values that differ by rounding count as ties in both tails: p can become larger, never smaller.
     above = len(ordered) - np.searchsorted(ordered, scores - slack, "left")
     below = np.searchsorted(ordered, scores + slack, "right")
+    # The own score is one of the values that it is ranked among (+ 1), so p is never 0.
     p = np.minimum(1.0, 2 * (1 + np.minimum(above, below)) / (1 + len(ordered)))
     return p, np.sign(below - above)
 
@@ -203,6 +209,7 @@ def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
     drawn = np.array([values[rows, rng.permutation(count)].mean() for _ in range(PERMUTATIONS)])
     slack = ROUNDING * np.abs(values).max()
     tails = (drawn >= value - slack).sum(), (drawn <= value + slack).sum()
+    # The observed assignment is one of the permutations (+ 1).
     p = min(1.0, 2 * (1 + int(min(tails))) / (1 + PERMUTATIONS))
     return RunTest(count, value, null, p)
 
@@ -242,6 +249,7 @@ def shift_test(over_shifts: Tensor) -> ShiftTest:
     observed = values[:, :1]
     slack = ROUNDING * values.abs().amax(1, keepdim=True)
     undefined = values.isnan().any(1)
+    # The observed value is itself one of the shifts, so p is never 0.
     above = (values >= observed - slack).double().mean(1)
     below = (values <= observed + slack).double().mean(1)
     p = (2 * torch.minimum(above, below)).clamp(max=1).to(values.dtype)

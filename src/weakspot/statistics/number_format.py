@@ -15,6 +15,7 @@ def percent(fraction: float) -> str:
         return "not defined"
     if 0 < fraction < 0.001:
         return "under 0.1%"
+    # Otherwise it would be printed as -0%.
     if -0.005 < fraction < 0:
         return "0%"
     if 0.999 < fraction < 1:
@@ -52,6 +53,7 @@ def number(value: float) -> str:
     size = abs(value)
     if size < ROUNDING:
         return "0"
+    # From here on, three significant digits would be printed as a power of ten (1e+03).
     if size >= 999.5:
         return f"{value:,.0f}"
     # 1 may mean "unchanged" or "perfect", so a value below it gets as many digits as tell it from 1.

@@ -110,6 +110,7 @@ def region_test(own: NDArray[np.floating], others: NDArray[np.floating], *, seed
     if np.isin(outcomes[finite], (0, 1)).all():
         return _poisson_binomial_p(outcomes, finite)
     filled = np.where(finite, outcomes, 0.0)
+    # Centering moves the observed sum and every sampled one alike: p is the same, and sums stay small.
     centered = np.where(finite, filled - filled.sum(1, keepdims=True) / finite.sum(1, keepdims=True), 0.0)
     # Finite outcomes first, so that an index below their number selects one of them.
     packed = np.take_along_axis(centered, np.argsort(~finite, axis=1, kind="stable"), axis=1)
@@ -117,6 +118,7 @@ def region_test(own: NDArray[np.floating], others: NDArray[np.floating], *, seed
     observed = centered[:, 0].sum()
     sums = np.zeros(PERMUTATIONS)
     for row, count in zip(packed, finite.sum(1), strict=True):
+        # In every sample, one of the image's outcomes is drawn as that of its own region.
         sums += row[rng.integers(0, count, PERMUTATIONS)]
     slack = ROUNDING * np.abs(centered).sum()
     tails = (sums >= observed - slack).sum(), (sums <= observed + slack).sum()
@@ -132,6 +134,7 @@ def _poisson_binomial_p(outcomes: NDArray[np.float64], finite: NDArray[np.bool_]
     for chance, images in zip(*np.unique(chances, return_counts=True), strict=True):
         law = np.convolve(law, binom.pmf(np.arange(images + 1), images, chance))
     observed = int(outcomes[:, 0].sum())
+    # Mid-p: the observed sum itself counts half in each tail.
     tie = law[observed] / 2
     return float(min(1.0, 2 * min(law[observed + 1 :].sum() + tie, law[:observed].sum() + tie)))
 

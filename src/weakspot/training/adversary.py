@@ -133,6 +133,7 @@ def uniform_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """
     count, channels, height, width = shape
     size = count * channels * height * width
+    # None means no upper end, so that all 64 bits are random.
     drawn = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     # 16 bits per value; stored channels last, as the images are.
     levels = drawn.view(torch.int16)[:size].view(count, height, width, channels)

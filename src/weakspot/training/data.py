@@ -217,12 +217,14 @@ def mixed_seed(*parts: int) -> int:
     True
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # 63 bits, so that the seed fits a signed integer.
     return int.from_bytes(digest) >> 1
 
 
 def read_in_workers(read: Callable[[Key], Value], keys: Sequence[Key], workers: int) -> Iterator[Value]:
     """`read` of every key, in order, by this many processes (0: by this one)."""
     loader: DataLoader[Value | ValueError] = DataLoader(
+        # The keys serve as the sampler: without a batch size, each of them is read alone and in order.
         _Reader(read, len(keys)),
         sampler=keys,
         batch_size=None,

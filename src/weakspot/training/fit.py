@@ -88,6 +88,7 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
     )
     earlier = None if out is None else read_checkpoint(out)
     if out is not None and earlier is not None:
+        # training.json was compared before; the checkpoint must be of this training too.
         check_same(out, job.record, earlier[1])
         loop.resume(earlier[0])
 

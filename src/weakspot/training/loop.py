@@ -117,6 +117,7 @@ class Loop:
         for module, mode in modes:
             module.training = mode
         stored = classifier.state_dict().keys()
+        # A resumed training also needs the buffers that the state dict leaves out.
         self.unstored = [name for name, _ in classifier.named_buffers() if name not in stored]
 
     def run(self, callbacks: Callbacks) -> None:
@@ -217,6 +218,7 @@ class Loop:
         # The last incomplete batch is left out: the attacked fraction would differ in it.
         order = order[: self.per_epoch * config.batch_size].view(self.per_epoch, -1)
         places = torch.arange(self.fabric.global_rank, config.batch_size, self.fabric.world_size)
+        # A resumed epoch goes on after the updates that are done.
         batches = list(order[self.update :, places])
         augmentation = Augmentation(config.augment, len(self.data), self.data.shape[1:], seed, self.epoch)
         if self.data.held:

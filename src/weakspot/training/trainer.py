@@ -109,6 +109,7 @@ def train(
         if not _loaded(job):
             _fit_exclusively(job, home, callbacks)
         result = classifier if isinstance(model, Classifier) else classifier.network
+        # Training may have moved it to another device and into another memory layout.
         result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module, own in zip(result.modules(), model.modules(), strict=True):
         module.training = in_train_mode(own)

@@ -92,6 +92,7 @@ class _Images:
         self.places = [entry.index - entries[0].index for entry in self.opened.entries]
         self.regions: dict[str, tuple[Tensor, Errors]] = {}
         self.errors: Errors = {}
+        # Nothing could be read: `attack` then returns no rows and needs none of the following.
         if not self.opened.entries:
             return
         images = self.opened.images.to(model.fixed.mean.device)
@@ -112,6 +113,7 @@ class _Images:
         with evaluating(self.model.fixed):
             result = self._cell(attack, text, lambda fraction: progress(fraction * self.count))
         maps = GroupMaps(self.count)
+        # The clean pictures are stored once, with the first cell.
         if self.plan.maps and key.attack == key.region == 0:
             about = {"title": "Clean image", "kind": "picture"}
             maps.add(CLEAN, self.places, self.clean.images.cpu().numpy(), about)
@@ -128,6 +130,7 @@ class _Images:
             else:
                 # The controlled region may itself be absent from the plan; it is made for its area then.
                 controlled = str(spec.control_of)
+                # All controls of a region are made at once, because one draw of other images serves them.
                 self.regions |= self._donated_regions(controlled, self._region_of(controlled))
         return self.regions[text]
 
@@ -224,6 +227,7 @@ class _Images:
         rows = torch.tensor(intact, dtype=torch.long, device=region.device)
 
         def run(part: Tensor) -> AttackResult:
+            # None and not a region of everything, because some attacks take no region.
             confined = None if text == "none" else region[part]
             images, labels = self.clean.images[part], self.clean.labels[part]
             # An attack is half of a cell's work, its analyses are the other half.

@@ -103,6 +103,7 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
 
     entries, finite = clean.opened.entries, clean.finite
     values: dict[str, ArrayLike | None] = {
+        # Every column is there, without a value where nothing is known.
         **dict.fromkeys(COLUMNS),
         "index": [entry.index for entry in entries],
         "image": [entry.name for entry in entries],
@@ -223,6 +224,7 @@ def add_maps(maps: GroupMaps, places: Sequence[int], result: CellResult) -> None
             about = {"title": picture.title, "kind": picture.kind}
             if picture.categories:
                 about["categories"] = list(picture.categories)
+            # Maps come as (m, 1, h, w) and are stored without the axis of their only channel.
             maps.add(name, own, values[:, 0].numpy(), about)
         for name, series in explanation.series.items():
             for size, (steps, layers) in _by_size(series).items():

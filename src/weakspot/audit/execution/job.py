@@ -78,12 +78,14 @@ class Job:
     def of(cls, plan: Plan, classifier: Classifier, listing: pa.Table) -> Job:
         """The job of a plan that may leave the sizes open."""
         shard = plan.shard or default_shard(classifier)
+        # A network that was exported for one number of images takes no other, whatever the plan says.
         group = classifier.fixed_batch or plan.group or affordable_group(plan, classifier)
         return cls(replace(plan, shard=shard, group=group), classifier, listing, shard, group)
 
     @property
     def shards(self) -> range:
         """Numbers of all shards."""
+        # Rounded up, because the last shard may be partly filled.
         return range(-(-len(self.listing) // self.shard))
 
     @property
@@ -242,6 +244,7 @@ class Ledger:
         waiting, self.unsaved = self.unsaved, []
         for number in {result.key.shard for result in waiting}:
             results = [result for result in waiting if result.key.shard == number]
+            # A file for each shard, because it is removed as soon as its shard is stored.
             self._submit(partial(self._write_unfinished, results))
         self.saved_at = time.monotonic()
 
@@ -250,6 +253,7 @@ class Ledger:
             results = self.results.pop(number)
             new = [result for result in self.unsaved if result.key.shard == number]
             self.unsaved = [result for result in self.unsaved if result.key.shard != number]
+            # Rows in unfinished files have been counted as saved already.
             rows = sum(len(result.rows) for result in new)
             self._submit(partial(self._write_shard, number, list(results.values()), rows))
 
@@ -277,6 +281,7 @@ class Ledger:
         files = {} if self.maps is None else self.maps.write(number, shard.maps)
         self.store.add(write_shard(self.store.folder, number, shard.rows, replace(shard.note, maps=files)))
         self.saved += rows
+        # Last: until the shard is stored, these files are all that a crash would leave of it.
         self.store.drop_unfinished({number})
 
     def __enter__(self) -> Ledger:
@@ -289,6 +294,7 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Waits for the write that is under way, even after an error.
         with self.writer:
             # After an error of the disk, what could not be written is computed again.
             if not isinstance(error, OSError):

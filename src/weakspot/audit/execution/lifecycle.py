@@ -170,6 +170,7 @@ def _resume(store: LocalStore, session: SessionOptions) -> Run:
         if not tables:
             store.finish()
             return open_run(store.name)
+        # With every shard intact, the tables can be made again without the network.
         if len(shard_files(folder)) == -(-len(listing) // (info.plan.shard or 1)):
             warn(f"damaged files ({enumerated(tables)}) are written again from the shards", UserWarning)
             return _finish(store, info, len(listing))
@@ -214,6 +215,7 @@ def _carry_out(job: Job, ledger: Ledger, engine: Engine, session: SessionOptions
             for result in results:
                 ledger.add(result)
                 report()
+    # The ledger has been closed by now, so that the number of saved attacks is final.
     except KeyboardInterrupt:
         raise AuditInterrupt(ledger.saved, job.attacks, ledger.store.name) from None
     info = replace(ledger.info, engine=dict(engine.about))

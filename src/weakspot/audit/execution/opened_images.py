@@ -81,6 +81,7 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> OpenedImag
             continue
         try:
             if entry.index in contents:
+                # Taken out, so that the bytes of each picture are freed once it is decoded.
                 pixels, digest, remark = _open_content(entry, contents.pop(entry.index), classifier)
             else:
                 pixels, digest, remark = _open(entry, classifier)
@@ -141,6 +142,7 @@ def _fetched(entries: Sequence[Entry]) -> dict[int, bytes | None]:
 def _open_content(entry: Entry, content: bytes | None, classifier: Classifier) -> Content:
     if content is None:
         raise MissingError("the file no longer exists, or may no longer be read")
+    # Through a file, so that pictures behind URLs are read exactly as local ones are.
     with tempfile.TemporaryDirectory(prefix="weakspot-") as folder:
         path = Path(folder, "picture").with_suffix(Path(entry.name).suffix)
         path.write_bytes(content)
@@ -188,6 +190,7 @@ def _is_regular(path: Path) -> bool:
         raise IsADirectoryError("a folder has replaced it")
     if not stat.S_ISREG(mode):
         return False
+    # A missing permission and a broken disk show only when the file is opened.
     with path.open("rb"):
         return True
 

@@ -311,6 +311,7 @@ def _kept(store: LocalStore, job: Job, skip: Mapping[int, object]) -> tuple[list
     for path in unfinished_files(store.folder):
         for result in [] if shard_number(path) in skip else read_unfinished(path):
             images = job.entries_of(result.key)
+            # Shard and first image: the images of a group are the same under every attack in every region.
             place = result.key[:2]
             if place not in digests:
                 digests[place] = content_digests(images)

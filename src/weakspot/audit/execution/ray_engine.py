@@ -88,6 +88,7 @@ def _start(workers: int | None, address: str | None) -> None:
             warnings.simplefilter("ignore")
             ray.init(
                 address="local" if own else address,
+                # Every worker needs a CPU of the cluster, even if the machine has fewer.
                 num_cpus=max(workers or 1, _cpus()) if own else None,
                 object_store_memory=OBJECT_STORE if own else None,
                 include_dashboard=False if own else None,
@@ -268,9 +269,11 @@ def _replies(
         versions=versions(),
         sources=tuple(source for source in sources if Path(source).exists()),
         threads=threads,
+        # The empty entry stands for the working directory, which is another one in a worker's process.
         paths=tuple(path or str(Path.cwd()) for path in sys.path),
         folder=str(Path.cwd()),
         workers=workers,
+        # It takes no CPU from the workers, and is restarted however often it dies.
         attempts=ray.remote(num_cpus=0, max_restarts=-1)(Attempts).remote(),
     )
     # One block per shard, so that Ray hands out shards one by one.

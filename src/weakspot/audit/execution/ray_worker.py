@@ -141,12 +141,15 @@ class Worker:
         (number,) = batch["number"].to_pylist()
         results = self._results(number)
         while True:
+            # Those of loading the model go out with every result; the process that gets them shows each once.
             messages = list(self.warnings)
             with _recorded(messages):
+                # The generator does its work inside `next`, so its warnings are caught here.
                 result = next(results, None)
             if result is None:
                 return
             content = pickle.dumps(Reply(result, messages), protocol=5)
+            # Large, because the offsets of plain binary columns end at 2 GiB.
             yield pa.table({"content": pa.array([content], pa.large_binary())})
 
     def _results(self, number: int) -> Iterator[GroupResult | Exception]:

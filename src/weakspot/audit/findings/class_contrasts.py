@@ -72,6 +72,7 @@ def class_contrasts(run: Run, watch: Callable[[float], None] | None = None) -> C
         run: of an audit.
         watch: called with the fraction that is done.
     """
+    # count(robust) counts known outcomes only: attacks without a robust accuracy have none and are left out.
     counts = run.sql(
         "select label, coalesce(any_value(label_name), label::varchar) as name, attack, region, "
         "count(robust) as images, count(*) filter (where not robust) as hits from outcomes "
@@ -135,6 +136,7 @@ def _exact(hits: np.ndarray, images: np.ndarray) -> np.ndarray:
 
     tail = (1 - LEVEL) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
+        # Both choices are computed for every row, and the undefined ones are not chosen.
         low = np.where(hits > 0, beta.ppf(tail, hits, images - hits + 1), 0.0)
         high = np.where(hits < images, beta.ppf(1 - tail, hits + 1, images - hits), 1.0)
         exact = np.column_stack([hits / images, low, high])

@@ -93,6 +93,7 @@ class Comparison:
 
     def as_mapping(self) -> dict[str, object]:
         """Values for JSON; an unknown number is None."""
+        # As objects, because a column of floats would turn None into NaN again.
         plain = self.table.astype(object).where(self.table.notna(), None)
         return {
             "verdict": self.sentence(),
@@ -185,6 +186,7 @@ def _differences(pairs: pd.DataFrame, scores: Sequence[str], attack: str, region
 
 def _matched_images(before: Run, after: Run) -> pd.DataFrame:
     """One row per image in both runs: whether it is correctly classified (clean accuracy), and its labels."""
+    # An image has a row for every attack and region, all with the same label and clean prediction.
     query = (
         "select content, any_value(index) as index, any_value(image) as image, any_value(correct) as correct, "
         "any_value(label) as label from records group by content, index order by index"

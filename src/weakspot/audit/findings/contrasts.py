@@ -166,6 +166,7 @@ def contrast_sentence(group: Sequence[Contrast]) -> str:
             f"{confined}: no correctly classified image was attacked both in this region and in its controls."
         )
     confined += f" ({percent(np.nanmax(fractions))} of the image)"
+    # Comparisons of sizes count fooled images alone, so none was fooled in any of the places.
     if not any(contrast.images for contrast in group):
         region = f"{first.region} ({percent(np.nanmax(fractions))} of the image)"
         return f"{first.attack} fooled no correctly classified image, either in {region} or in its controls."

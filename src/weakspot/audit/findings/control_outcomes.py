@@ -72,6 +72,7 @@ def largest_size(run: Run, attack: str, norm: str) -> float:
 
 def read_outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm: str | None) -> Outcomes:
     """The outcomes of correctly classified images in a region and its controls, with sizes in a norm if given."""
+    # Without a norm, nobody looks at the sizes: any column of numbers will do.
     size = norm or "region_fraction"
     columns = ["index", "label", "fooled", "correct", "region_fraction", *([] if norm is None else [norm])]
     own = read_cell(run, attack, region, columns).set_index("index")

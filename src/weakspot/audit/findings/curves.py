@@ -102,6 +102,7 @@ def _smallest_sizes(run: Run, family: Family, region: str) -> NDArray[np.float64
     smallest = pd.concat(fell).groupby(level=0).min()
     if unknown:  # an image with an unknown outcome at a smaller budget may already have fallen there
         earliest = pd.concat(unknown).groupby(level=0).min().reindex(smallest.index)
+        # Negated, so that images without an unknown outcome, whose earliest is NaN, stay.
         smallest = smallest[~(earliest < smallest)]
     return np.asarray(smallest, dtype=float)
 
@@ -156,6 +157,7 @@ def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tu
     # One column per cell, outcome and layer, NaN for images that are not in the group.
     columns = []
     for attack, region in run.plan.reported_cells:
+        # Cells are numbered region by region within each attack.
         at = divmod(places[attack, region], len(run.plan.regions))
         for outcome, members in groups.items():
             columns.append(np.where(members[:, *at, None], values[:, *at], np.nan))

@@ -162,6 +162,7 @@ def class_distributions(run: Run) -> Classes:
     ).df()
     cells = _in_plan_order(run, cells[cells["label"].isin(classes["label"])])
     intervals = [
+        # The interval takes outcomes and not counts, so as many are made.
         proportion_interval(np.arange(images) < withstood)
         for images, withstood in zip(cells["images"], cells["withstood"], strict=True)
     ]
@@ -207,6 +208,7 @@ def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
         value, order = (
+            # Images that withstood rank behind all that were fooled.
             "case when fooled then l2 else 'inf'::double end",
             "value, margin_adversarial, attack, region",
         )

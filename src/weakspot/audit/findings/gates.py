@@ -105,6 +105,7 @@ class Condition:
                 parts = [node.left, node.right, node.op]
             case ast.UnaryOp():
                 parts = [node.operand, node.op]
+            # Operators are nodes as well: those of the table pass.
             case _ if type(node) not in OPERATIONS:
                 raise ValueError(
                     "fail-if must consist of column names, numbers, quoted texts, comparisons, and, or, not, + - * /, "

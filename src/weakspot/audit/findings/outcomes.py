@@ -165,6 +165,7 @@ def once_per_run(compute: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.D
             return compute(run)
         if run not in cache:
             cache[run] = compute(run)
+        # A copy, so that no caller changes what the next one gets.
         return cache[run].copy()
 
     return cached

@@ -116,6 +116,7 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
         means = rows.set_index(["attack", "region"])[["mean", "low", "high"]]
         # Gate conditions can only name Python identifiers.
         means.columns = pd.Index([re.sub(r"\W", "_", f"{score}{end}") for end in ("", "_low", "_high")])
+        # A score never replaces a column that is there already.
         table = table.join(
             means.drop(columns=means.columns.intersection(table.columns)), on=["attack", "region"]
         )
@@ -182,6 +183,7 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
     if confined and strongest.robust_accuracy == 1:
         regions = ", ".join(dict.fromkeys(cell.region for cell in confined))
         attacks = ", ".join(dict.fromkeys(cell.name for cell in confined))
+        # All of them are at 100%, so the one with the fewest images has the widest interval.
         fewest = min(confined, key=lambda cell: cell.images)
         none = "The image was not" if fewest.images == 1 else f"None of {counted(fewest.images)} was"
         sentence = (

@@ -131,6 +131,7 @@ def weak_places(run: Run) -> WeakPlaces | None:
         rows.columns = pd.Index([str(name).removeprefix(f"{SQUARE}_") for name in rows.columns])
         rows = rows[rows["correct"].fillna(False).astype(bool)]
         known = rows[rows["budget"] > 0]
+        # Of several sizes that are equally frequent, the largest counts.
         same = known[known["budget"].round(9) == known["budget"].round(9).mode().max()]
         if len(same) > len(best):
             cell = run.plan.attacks.index(attack), run.plan.regions.index(region)

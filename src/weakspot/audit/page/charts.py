@@ -200,6 +200,7 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
     if low < 0 < high:
         datasets["zero"] = [{"zero": 0, "foot": -number, "head": BARS - number} for number in numbers]
         zero: Spec = {"type": "rule", "color": INK, "strokeDash": [2, 3]}
+        # Layers are drawn in this order: the line is under the bars.
         layers.insert(1, _layer(zero, data="zero", x=_field("zero"), y=y("foot"), y2={"field": "head"}))
     return _chart(
         title,
@@ -304,6 +305,7 @@ def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) ->
         highest: end of the axis, so that charts can be compared.
     """
     known = curves[curves["mean"].notna()]
+    # Spread and reach have no values below zero, but the interval of a mean may begin there.
     known = known.assign(low=known["low"].clip(lower=0))
     measure = str(curves["measure"].iloc[0])
     outcomes = [name for name in OUTCOMES if name in set(known["outcome"])]

@@ -79,6 +79,7 @@ def list_images(
     Raises:
         ValueError: if the labels that were asked for do not exist, naming the file or folder.
     """
+    # A URL becomes a path for the names of its images alone; what is opened is the source.
     present = {Path(os.path.normpath(source)): source for source in sorted(sources)}
     classes = ClassIndex(tuple(class_names), class_count)
     images = {source: list(_walk(source, present[source])) for source in sorted(present)}
@@ -155,6 +156,7 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
         source, onerror=lambda error: closed.append(Path(error.filename)), followlinks=True
     ):
         shown = (name for name in sorted(inner) if not name.startswith("."))
+        # Changed in place: `os.walk` enters the folders that are left in this list.
         inner[:] = [name for name in shown if _is_new(Path(folder, name), roots)]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             below = path.relative_to(source).parts
@@ -185,6 +187,7 @@ def _unreadable(path: Path) -> str:
 
 def _walk_url(source: Path, url: str) -> Iterator[_Image]:
     if source.suffix.lower() in ARRAYS:
+        # The rows are counted in a local copy; what is stored as their place is the URL.
         for image in _walk(local_copy(url), ""):
             yield image._replace(path=source, location=url.encode())
         return
@@ -208,6 +211,7 @@ def _common_root(images: Mapping[Path, Sequence[_Image]]) -> Path | None:
 
 def _name(image: _Image, root: Path | None) -> str:
     near = image.path if root is None else Path(os.path.relpath(image.path, root))
+    # Bytes of a file name that are no text become escapes such as \xff, so that every name can be stored.
     path = near.as_posix().encode("utf-8", "surrogateescape")
     printable = path.decode("utf-8", "backslashreplace")
     return printable if image.row < 0 else f"{printable}#{image.row:07d}"

@@ -169,6 +169,7 @@ class Plan:
             self,
             attacks=labeled(attacks),
             regions=self._with_controls(),
+            # In the order in which they run, however the plan lists them.
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
             sources=tuple(sorted({_normal(source) for source in self.sources})),
         )
@@ -241,6 +242,7 @@ def read_plan(path: Path) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML ({error})") from None
     try:
+        # Only for its errors, which can name the file here.
         _typed(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -262,6 +264,7 @@ def read_plan(path: Path) -> dict[str, object]:
 
 
 def _within(folder: Path, path: str) -> str:
+    # An absolute path stays as it is: joining it to a folder drops the folder.
     return path if is_url(path) else str(folder / path)
 
 

@@ -49,6 +49,7 @@ class Reader:
         hints, values = get_type_hints(kind), {}
         for key, item in value.items():
             if key in entries:
+                # Messages name the keys of a plan as its file spells them, without the plan in front.
                 values[key] = self.read(hints[key], item, f"{name}.{key}".removeprefix("plan."))
             elif self.spelled:
                 raise ValueError(unknown_choice(f"key of {name}", str(key), keys))
@@ -68,6 +69,7 @@ class Reader:
         if hint in self.own:
             return self._by_own(hint, value, name)
         kinds = get_args(hint) if _is_union(hint) else (hint,)
+        # The first kind whose outer form fits decides, and errors inside the value are errors of that kind.
         kind = next((kind for kind in kinds if self._fits(kind, value)), None)
         if kind is None:
             expected = [_expected(kind) for kind in kinds if kind is not type(None) or len(kinds) == 1]
@@ -85,6 +87,7 @@ class Reader:
     def _tuple(self, inner: tuple[object, ...], value: object, name: str) -> tuple[object, ...]:
         if isinstance(value, Mapping):  # pairs of names and values
             _, kind = get_args(inner[0])
+            # Sorted, so that the order of keys in a file makes no other plan.
             return tuple((key, self.read(kind, value[key], f"{name}.{key}")) for key in sorted(value))
         items = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)  # type: ignore[call-overload]  # it fits
         if Ellipsis not in inner and len(items) != len(inner):
@@ -98,6 +101,7 @@ class Reader:
     def _fits(self, kind: object, value: object) -> bool:
         """Whether a value has the outer form of a type; what is inside is read afterwards."""
         if kind in SCALARS:
+            # To Python, true is an integer as well.
             return isinstance(value, SCALARS[kind][1]) and (kind is bool or not isinstance(value, bool))
         if get_origin(kind) is tuple:
             inner = get_args(kind)[0]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CHECKSUM = 4  # bytes
 ENTRY = struct.Struct("<QQ")  # offset and length
+# The entry of a chunk that is not stored.
 ABSENT = (2**64 - 1, 2**64 - 1)
 CODECS = ("bytes", "zstd", "crc32c")  # of a chunk, as `MapWriter` writes it
 
@@ -52,6 +53,7 @@ class ChunkFiles:
         codecs, index_codecs = (
             tuple(one["name"] for one in layout.get(name, ())) for name in ("codecs", "index_codecs")
         )
+        # Only the layout that `MapWriter` writes.
         regular = (
             array.dtype == np.uint8
             and not others
@@ -75,6 +77,7 @@ class ChunkFiles:
             DamagedError: if they differ from what was written.
         """
         shard, place = divmod(image, self.images)
+        # A shard covers its images as a whole, so only the first number of its name differs.
         file = self.folder.joinpath(str(shard), *["0"] * len(self.shape))
         try:
             with file.open("rb") as opened:
@@ -87,6 +90,7 @@ class ChunkFiles:
                 packed = self._checked(opened.read(length), file)
         except FileNotFoundError:  # Zarr writes no file of nothing but missing values
             return np.full(self.shape, self.fill, np.uint8)
+        # The file is too short for its index, or an offset lies beyond any file.
         except (OSError, OverflowError) as error:
             raise DamagedError(f"{file} is damaged: {error}") from error
         from numcodecs import Zstd  # type: ignore[import-untyped]

@@ -28,6 +28,7 @@ class StoppedError(Exception):
         self.resumable = resumable
 
     def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled as their positional arguments alone, which do not suffice to make this one.
         return partial(StoppedError, resumable=self.resumable), self.args
 
 

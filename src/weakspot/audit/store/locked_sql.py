@@ -31,6 +31,7 @@ class LockedConnection:
         # Without external access, the folder of temporary files can no longer be changed.
         folding = "expression_rewriter,statistics_propagation"
         first = ("temp_directory = ''", f"disabled_optimizers = '{folding}'") if strict else ()
+        # The lock comes last: from then on no setting can be changed, not even by a query that a user typed.
         for setting in (*first, *LOCKED, f"memory_limit = '{memory}'", "lock_configuration = true"):
             connection.execute(f"set {setting}")
 
@@ -61,6 +62,7 @@ class LockedConnection:
         connection, late = self._open(), threading.Event()
 
         def stop() -> None:
+            # Set first: the query may end before this thread goes on.
             late.set()
             connection.interrupt()
 
@@ -72,6 +74,7 @@ class LockedConnection:
                 result = connection.sql("select true as success")
             return _with_rows(result if rows is None else result.limit(rows))
         except duckdb.InterruptException:
+            # It was interrupted by somebody else, not by the timer.
             if not late.is_set():
                 raise
             raise TimeoutError(f"query must end within {seconds:g} s, got a longer one ({remedy})") from None
@@ -101,6 +104,7 @@ class LockedConnection:
         """
         import duckdb
 
+        # Parsed without being run: a text may hold several statements.
         statements = self._open().extract_statements(query)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             kinds = ", ".join(statement.type.name for statement in statements) or "nothing"

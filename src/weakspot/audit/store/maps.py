@@ -28,6 +28,8 @@ MAPS = "maps.zarr"
 CLEAN = "clean"  # pictures of the images themselves, the only map without attacks and regions
 SCALE = ".scale"
 MISSING = 255  # in uint8, for images without this map
+# From 2**-13 on, half of float16's smallest step (2**-24) is at most 1/4096 of the largest value. 2**14 is
+# well below float16's largest number (65504).
 LARGEST, SMALLEST = 2.0**14, 2.0**-13  # range of a map's largest value in which float16 needs no scale
 LOSS = {
     "picture": "rounded to 8 bits: at most 1/510",
@@ -110,6 +112,7 @@ def merge_block(
         shape: numbers of images, attacks and regions of the shard.
         at: the group's first image, its attack and its region.
     """
+    # Pictures of the images themselves have neither attack nor region.
     whole = shape[:1] if name == CLEAN else shape
     full = (*whole, *block.values.shape[1:])
     if name in blocks and blocks[name].values.shape != full:
@@ -206,6 +209,7 @@ class MapWriter:
     def _write(self, name: str, number: int, values: Values, about: Attributes) -> list[Path]:
         """Write the values; returns their file and the description of the array."""
         stored: Any = self.group.get(name)
+        # Maps of another size than those of earlier shards get an array of their own.
         if stored is not None and tuple(stored.shape[1:]) != values.shape[1:]:
             name = _sized_name(name, values.shape[3:])
         if name in self.group:
@@ -219,6 +223,7 @@ class MapWriter:
         array[number * self.shard : number * self.shard + len(values)] = values
         if not chunk.exists():  # Zarr stores no block of nothing but missing values
             return [home / "zarr.json"]
+        # Zarr does not wait for the disk, but the shard's Parquet file will say that its maps exist.
         synchronize(chunk)
         return [home / "zarr.json", chunk]
 
@@ -231,6 +236,8 @@ class MapWriter:
         more = values.ndim - len(axes)
         inner = [first] if "curve" in about else [first, "y", "x"][-more:] if more else []
         missing = MISSING if values.dtype == np.uint8 else float("nan")
+        # A chunk is one image, because maps are read image by image; a file is one shard, because shards are
+        # written and repaired one by one. The missing value of a scale is 1: values are then as they are.
         array = self.group.create_array(
             name,
             shape=(self.images, *values.shape[1:]),
@@ -256,6 +263,7 @@ def map_files(folder: Path) -> Iterator[tuple[str, int]]:
     root = folder / MAPS
     for home in root.rglob("c"):
         for path in home.rglob("*"):
+            # Names below c/ are numbers along each axis, that of the images first.
             number = path.relative_to(home).parts[0]
             if path.is_file() and number.isdigit():
                 yield path.relative_to(root).as_posix(), int(number)

@@ -138,6 +138,7 @@ def as_rows(frame: pd.DataFrame) -> pa.Table:
     import pyarrow as pa
 
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    # The null type gives way to any other where tables are joined.
     columns = [
         pa.nulls(len(table)) if name not in COLUMNS and column.null_count == len(table) else column
         for name, column in zip(table.column_names, table.columns, strict=True)
@@ -240,6 +241,7 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def clear_drafts(folder: Path) -> None:
     """Remove drafts of writers that died; the caller must hold the folder's lock."""
+    # The names that `write_atomic` and Zarr give to a file until it is whole.
     drafts = [
         *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.parquet.*")),
         *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.json.*")),
@@ -264,6 +266,7 @@ def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
     import pyarrow.dataset as ds
 
     files = [folder / RECORDS] if complete else list(shard_files(folder).values())
+    # A shard may lack columns that others have; under one schema these are null.
     schema = None if complete else unified_schema(folder)
     return ds.dataset([str(file) for file in files], schema=schema, format="parquet")
 
@@ -311,6 +314,7 @@ def check_records(folder: Path, info: RunInfo, name: str) -> None:
 
 def damaged_tables(folder: Path, info: RunInfo) -> list[str]:
     """Names of the run's own Parquet files that are gone or differ from what was written."""
+    # A planned run has no list of images yet, and one that is not complete has no tables.
     names = [LISTING, RECORDS, SKIPPED] if info.complete else [LISTING] if LISTING in info.checksums else []
     return [name for name in names if digest_or_none(folder / name) != info.checksums.get(name)]
 

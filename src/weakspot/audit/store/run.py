@@ -187,6 +187,7 @@ class Run:
     @property
     def maps(self) -> StoredMaps:
         """Name -> map: `run.maps["overlap"][image, attack, region]` reads one."""
+        # Of a run at a URL, only the records were copied: its maps are read from there as they are needed.
         if is_url(self.name):
             return StoredMaps(f"{self.name.rstrip('/')}/{MAPS}")
         return StoredMaps(self.folder / MAPS, self._map_check)
@@ -266,6 +267,7 @@ def write_pngs(images: Tensor, names: Sequence[str], folder: Path) -> list[str]:
     Returns:
         Paths within `folder`, one per image.
     """
+    # Names of folders are taken as well: a picture must not be named like the folder of another.
     written, taken = [], {str(parent).lower() for name in names for parent in _stem(name).parents}
     for image, name in zip(images, names, strict=True):
         stem = _stem(name)
@@ -286,4 +288,5 @@ def _stem(name: str) -> PurePosixPath:
     """The name without suffix, confined to its folder, and short enough for any file system."""
     parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in {"/", "..", "."}]
     path = PurePosixPath(*parts) if parts else PurePosixPath("image")
+    # File systems count bytes; a letter that is cut in two is left out.
     return path.with_name(path.stem.encode()[:LONGEST].decode(errors="ignore") or "image")

@@ -145,6 +145,7 @@ class StoredMap:
     def _check_images(self, keys: tuple[Index, ...]) -> None:
         if self.check is None:
             return
+        # The numbers of all images, indexed like the map, are the numbers of the images that are read.
         images = np.arange(len(self))
         if keys and keys[0] is not Ellipsis:
             images = np.atleast_1d(images[cast("Any", keys[0])])
@@ -196,6 +197,7 @@ class MapCheck:
 
     def _note(self, number: int) -> Note:
         if number not in self.notes:
+            # The digests of maps are those of the note, so the note must be intact.
             if not is_intact(self.shards[number]):
                 raise damaged(self.name, [f"{SHARDS}/{self.shards[number].name}"])
             self.notes[number] = read_note(self.shards[number])

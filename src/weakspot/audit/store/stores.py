@@ -137,6 +137,7 @@ class RemoteStore(LocalStore):
                     target = self.folder / name / path[len(root) :].lstrip("/")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._call(system.get_file, path, str(target))
+        # What was fetched is there already and need not be sent.
         self.sent = {path: _state(path) for path in self.folder.rglob("*") if path.is_file()}
 
     def save_info(self) -> None:
@@ -170,7 +171,9 @@ class RemoteStore(LocalStore):
         return {path[len(root) :].lstrip("/"): int(facts["size"]) for path, facts in files.items()}
 
     def drop(self, numbers: Collection[int]) -> None:
+        # Only if needed, because it takes a list of everything at the URL.
         if numbers:
+            # Before the local files are removed, whose names have the digests.
             shards = {path.name for number, path in shard_files(self.folder).items() if number in numbers}
             self._remove(
                 lambda path: path.rpartition("/")[2] in shards or _chunk_number(path) in numbers,

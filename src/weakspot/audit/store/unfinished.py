@@ -95,6 +95,7 @@ def write_unfinished(folder: Path, results: Sequence[GroupResult]) -> Path:
     arrays: dict[str, Values] = {}
     facts = []
     for number, result in enumerate(results):
+        # Rows are stored as the bytes of an Arrow stream, because safetensors holds arrays alone.
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, result.rows.schema) as stream:
             stream.write_table(result.rows)
@@ -130,6 +131,7 @@ def read_unfinished(path: Path) -> list[GroupResult]:
         for number, facts in enumerate(json.loads(file.metadata()["groups"])):
 
             def array(kind: str, name: str, number: int = number) -> Values | None:
+                # The number is a default of the function, so that it is that of this turn of the loop.
                 place = f"{number}/{kind}/{name}"
                 return file.get_tensor(place) if place in names else None
 
@@ -177,6 +179,7 @@ def merged(results: Iterable[GroupResult], shape: tuple[int, int, int]) -> Shard
         results: of the groups.
         shape: numbers of images, attacks and regions of the shard.
     """
+    # In the order of the plan, which the rows of an image keep when all rows are sorted by image.
     ordered = sorted(results, key=lambda result: (result.key.attack, result.key.region, result.key.start))
     contents: list[str | None] = [None] * shape[0]
     skipped: dict[int, Sequence[tuple[str, str]]] = {}
@@ -185,6 +188,7 @@ def merged(results: Iterable[GroupResult], shape: tuple[int, int, int]) -> Shard
     for result in ordered:
         key, images = result.key, result.images
         contents[key.start : key.start + len(images.contents)] = images.contents
+        # Every cell opens the same images and skips the same files, so each group of images counts once.
         skipped[key.start] = images.skipped
         missing[key.start].update(
             dict.fromkeys(images.missing)
@@ -192,6 +196,7 @@ def merged(results: Iterable[GroupResult], shape: tuple[int, int, int]) -> Shard
         for name, block in result.maps.items():
             merge_block(blocks, name, block, shape, (key.start, key.attack, key.region))
     note = Note(
+        # An image has a row in every cell; the first cell counts it once.
         sum(len(result.rows) for result in ordered if result.key.attack == result.key.region == 0),
         tuple(pair for start in sorted(skipped) for pair in skipped[start]),
         tuple(pair for start in sorted(missing) for pair in missing[start]),
