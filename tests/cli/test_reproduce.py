@@ -11,7 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from weakspot.cli import app
+from weakspot.cli.app import Failure
 from weakspot.cli.reproduce import _command
+from weakspot.reproduction import Material
 
 runner = CliRunner()
 
@@ -122,6 +124,33 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
     ]
     about = json.loads(runner.invoke(app, one).stdout)["data"]
     assert "1 photograph, labeled by the network itself, of photos" in about
+
+
+@pytest.mark.parametrize(
+    ("stored", "code", "message"),
+    [
+        ("", 130, "interrupted; nothing was written"),
+        (".attacking-0-{key}.safetensors", 5, "interrupted; the same command resumes from {out}"),
+        (".spatial-{key}-spent.json", 130, "interrupted; nothing was written"),
+        (".spatial-a-claim-another0key.json", 130, "interrupted; nothing was written"),
+        ("networks-full/localized-0/checkpoint.pt", 5, "interrupted; the same command resumes from {out}"),
+    ],
+)
+def test_an_interrupted_reproduction_says_whether_it_can_be_resumed(
+    stored: str, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: str, material: Material, out: Path, **__: object) -> None:
+        if stored:
+            path = out / stored.format(key=material.key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weakspot.reproduction.reproduce", interrupted)
+    out = tmp_path / "out"
+    result = runner.invoke(app, ["reproduce", "spatial", "--limit", "1", "--out", str(out)])
+    assert isinstance(result.exception, Failure)
+    assert (result.exception.code, str(result.exception)) == (code, message.format(out=out))
 
 
 @pytest.mark.parametrize(

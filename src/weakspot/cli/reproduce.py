@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.app import UNREADABLE, Failure, command, one_line
+from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, SeedOption, argument, flag, option
 from weakspot.cli.output import print_text
 from weakspot.cli.session import Session, open_session
@@ -80,10 +80,16 @@ def reproduce(
         raise Failure(f"--data must be a folder, got {data}")
     with open_session(context, network, output, out, [f"{paper}.json", f"{paper}.png"]) as session:
         from weakspot.reproduction import reproduce as measure
+        from weakspot.reproduction.papers import is_resumable
 
         material = _material(session, data, limit, full=full, seed=seed)
         session.make_folder()
-        result = measure(paper, material, out, command=_command())
+        try:
+            result = measure(paper, material, out, command=_command())
+        except KeyboardInterrupt:
+            if not is_resumable(material, out):
+                raise
+            raise Failure(f"interrupted; the same command resumes from {out}", RESUMABLE) from None
         files = [f"{paper}.json"]
         if result.drawn:
             files.append(f"{paper}.png")

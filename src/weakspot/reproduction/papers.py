@@ -114,6 +114,12 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
     return result
 
 
+def is_resumable(material: Material, out: Path) -> bool:
+    """Whether `out` holds anything that `reproduce` need not do again: claims, pieces of attacks, or networks."""
+    stored = [path for path in out.glob(f".*{material.key}*") if not path.name.endswith("-spent.json")]
+    return bool(stored) or any(out.glob("networks-*/*"))
+
+
 class Spent:
     """Seconds and CPU seconds spent on a paper, in a file that outlives an interruption."""
 
