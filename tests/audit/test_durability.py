@@ -200,6 +200,15 @@ def test_a_crash_after_the_shard_leaves_unfinished_files_that_are_removed(whole:
     assert sorted(path.name for path in out.iterdir()) == FILES
 
 
+def test_a_killed_writer_of_unfinished_results_leaves_a_draft_that_is_removed(
+    whole: Run, pictures: Path
+) -> None:
+    out = interrupted(pictures)
+    (out / "unfinished/.0000002-aa.safetensors.1").touch()
+    same_records(whole, resume(out))
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+
 # --- sizes of groups
 
 

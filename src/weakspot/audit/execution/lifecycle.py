@@ -34,7 +34,6 @@ from weakspot.audit.store.records import (
     RECORDS,
     SHARDS,
     SKIPPED,
-    clear_drafts,
     compact,
     damaged_tables,
     read_notes,
@@ -42,7 +41,7 @@ from weakspot.audit.store.records import (
 )
 from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
-from weakspot.audit.store.stores import LocalStore, open_store
+from weakspot.audit.store.stores import LocalStore, clear_drafts, open_store
 from weakspot.audit.store.unfinished import UNFINISHED
 
 LOCK = "audit.lock"

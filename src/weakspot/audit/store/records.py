@@ -239,18 +239,6 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def clear_drafts(folder: Path) -> None:
-    """Remove drafts of writers that died; the caller must hold the folder's lock."""
-    # The names that `write_atomic` and Zarr give to a file until it is whole.
-    drafts = [
-        *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.parquet.*")),
-        *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.json.*")),
-        *folder.glob("maps.zarr/**/*.partial"),
-    ]
-    for draft in drafts:
-        draft.unlink(missing_ok=True)
-
-
 def has_records(folder: Path, *, complete: bool) -> bool:
     """Whether a run has any records: it is complete, or at least one shard is."""
     return complete or bool(shard_files(folder))

@@ -16,7 +16,6 @@ from weakspot.audit.store.records import (
     RECORDS,
     SHARDS,
     SKIPPED,
-    clear_drafts,
     shard_files,
     shard_number,
 )
@@ -268,6 +267,18 @@ def _call(name: str, operation: Callable[P, T], *args: P.args, **kwargs: P.kwarg
         return operation(*args, **kwargs)
     except Exception as error:
         raise OSError(f"{name}: {first_line(error)}") from error
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove drafts of writers that died; the caller must hold the folder's lock."""
+    # The names that `write_atomic` and Zarr give to a file until it is whole.
+    places, endings = (folder, folder / SHARDS, folder / UNFINISHED), (".parquet", ".json", SUFFIX)
+    drafts = [
+        *(draft for place in places for ending in endings for draft in place.glob(f".*{ending}.*")),
+        *folder.glob(f"{MAPS}/**/*.partial"),
+    ]
+    for draft in drafts:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
