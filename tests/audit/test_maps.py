@@ -71,3 +71,17 @@ def test_maps_are_read_where_they_were_written(tmp_path: Path) -> None:
     assert outside.chunks == (1, 2, 1, 5, 7)
     with pytest.raises(KeyError, match="map must be one of cells, clean, tiny"):
         maps["cell"]
+
+
+def test_maps_of_another_size_are_scaled_by_their_own_factors(tmp_path: Path) -> None:
+    store = MapWriter(tmp_path, 2, ["pgd"], ["none"], 1)
+    written = {"tiny": np.full((1, 4, 4), 1e-9), "tiny 3x5": np.full((1, 3, 5), 7e-9)}
+    for number, values in enumerate(written.values()):
+        group, blocks = GroupMaps(1), dict[str, MapBlock]()
+        group.add("tiny", [0], values, {"kind": "signed"})
+        merge_block(blocks, "tiny", group.blocks["tiny"], (1, 1, 1), (0, 0, 0))
+        store.write(number, blocks)
+    maps = StoredMaps(store.path)
+    assert list(maps) == list(written)
+    for number, (name, values) in enumerate(written.items()):
+        np.testing.assert_allclose(maps[name][number, 0, 0], values[0], rtol=1 / 2048)

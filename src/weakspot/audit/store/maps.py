@@ -197,7 +197,8 @@ class MapWriter:
             Path below maps.zarr -> size and digest, for every file that the blocks are in.
         """
         paths: list[Path] = []
-        for name, block in blocks.items():
+        for block_name, block in blocks.items():
+            name = self._array_name(block_name, block.values)
             paths += self._write(name, number, block.values, block.about)
             # Most maps need no scale, and an array of ones would only cost files.
             if block.scale is not None and bool((block.scale != 1).any()):
@@ -206,12 +207,16 @@ class MapWriter:
             path.relative_to(self.path).as_posix(): (path.stat().st_size, file_digest(path)) for path in paths
         }
 
+    def _array_name(self, name: str, values: Values) -> str:
+        """Maps of another size than those of earlier shards get an array of their own."""
+        stored: Any = self.group.get(name)
+        if stored is None or tuple(stored.shape[1:]) == values.shape[1:]:
+            return name
+        # Pictures of the images themselves have neither attack nor region.
+        return _sized_name(name, values.shape[1 if name == CLEAN else 3 :])
+
     def _write(self, name: str, number: int, values: Values, about: Attributes) -> list[Path]:
         """Write the values; returns their file and the description of the array."""
-        stored: Any = self.group.get(name)
-        # Maps of another size than those of earlier shards get an array of their own.
-        if stored is not None and tuple(stored.shape[1:]) != values.shape[1:]:
-            name = _sized_name(name, values.shape[3:])
         if name in self.group:
             array: Any = self.group[name]
         else:
