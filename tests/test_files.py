@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path, dur
     write_atomic(tmp_path / "link", lambda draft: draft.write_text("after"), durable=durable)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "after"
+
+
+def test_threads_that_write_one_file_have_a_draft_each(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def write(draft: Path) -> None:
+        draft.write_text("whole")
+        both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: write_atomic(tmp_path / "file", write), range(2)))
+    assert (tmp_path / "file").read_text() == "whole"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes by name there")

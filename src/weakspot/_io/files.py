@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,8 +25,9 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         write(path)
         return
     path = Path(os.path.realpath(path))
-    # In the same folder, because a rename is atomic only within a file system.
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # In the same folder, because a rename is atomic only within a file system. Named by process and thread, because
+    # two of them may write one file at once.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         write(draft)
         # Before the rename: a loss of power must not leave the new name with no content behind it.
