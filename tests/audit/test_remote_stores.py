@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.audit.fixtures import FILES, QUICK, networks, pictures, same_maps, same_records, small_plan
+from weakspot._io.urls import PARALLEL_FETCHES, local_copy
 from weakspot.audit import StoppedError, audit, open_run, resume
 from weakspot.audit.store.records import TIMES, shard_files
 
@@ -173,6 +176,22 @@ def test_remote_arrays_are_fetched_once_with_their_labels(networks: Path, tmp_pa
     same_records(expected, run)
     same_maps(expected, run)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+
+
+def test_threads_that_need_one_remote_array_fetch_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe_file("/bucket/shared.npz", b"content")
+    own, fetches = MemoryFileSystem.get_file, []
+
+    def get_file(self: MemoryFileSystem, *arguments: Any) -> None:
+        fetches.append(arguments)
+        time.sleep(0.2)
+        own(self, *arguments)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
+        (copy,) = set(pool.map(local_copy, ["memory://bucket/shared.npz"] * PARALLEL_FETCHES))
+    assert copy.read_bytes() == b"content"
+    assert len(fetches) == 1
 
 
 def test_several_sources_local_and_remote(pictures: Path, tmp_path: Path) -> None:

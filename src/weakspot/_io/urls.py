@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -120,6 +121,9 @@ def fetched(urls: Sequence[str]) -> list[bytes | None]:
         return list(pool.map(fetch, urls))
 
 
+_fetching = threading.Lock()
+
+
 # The host is asked once for each file, and not once for each row of an array in it.
 @lru_cache(maxsize=64)
 def local_copy(url: str) -> Path:
@@ -136,8 +140,10 @@ def local_copy(url: str) -> Path:
         name = f"{hashlib.blake2b(f'{url} {state}'.encode(), digest_size=16).hexdigest()}{Path(path).suffix}"
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "weakspot", "fetched")
         home.mkdir(parents=True, exist_ok=True)
-        if not (home / name).exists():
-            write_atomic(home / name, lambda draft: system.get_file(path, str(draft)))
+        # Threads that need rows of one array wait for its only download.
+        with _fetching:
+            if not (home / name).exists():
+                write_atomic(home / name, lambda draft: system.get_file(path, str(draft)))
     # Callers tell a file that is gone (it is missing) from a host that does not answer (the work stops).
     except FileNotFoundError:
         raise
