@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         for key, values in (("mean", mean), ("std", std)):
             statistics = torch.tensor(values, dtype=reference.dtype, device=reference.device)
             self.register_buffer(key, statistics.view(1, -1, 1, 1), persistent=False)
-        self.unscaled = all(value == 1 for value in std) and len(std) <= len(mean)
+        self.unscaled = all(value == 1 for value in std)
         self.network = network
         self.name = name or type(network).__name__
         self.input_size = input_size or _configured_size(network) or (224, 224)
@@ -129,10 +129,9 @@ class Classifier(nn.Module):
 
     def in_own_mode(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in the module's current mode, for training."""
-        if images.shape[1] != self.mean.shape[1] and self.mean.shape[1] != 1:
-            raise ValueError(
-                f"images must have {self.mean.shape[1]} channels, as mean and std, got {images.shape[1]}"
-            )
+        channels = max(self.mean.shape[1], self.std.shape[1])  # either may be one value for all
+        if channels not in {1, images.shape[1]}:
+            raise ValueError(f"images must have {channels} channels, as mean and std, got {images.shape[1]}")
         try:
             shifted = (
                 images.to(self.mean) - self.mean
