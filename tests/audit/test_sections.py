@@ -257,6 +257,17 @@ def test_a_network_that_is_robust_in_its_regions_is_not_hidden_behind_them() -> 
     assert not strongest_attack_sentence(cells(0.9), 1.0).startswith("None")
 
 
+def test_controls_alone_are_all_there_is_to_say() -> None:
+    """A plan may name matched:cam without cam."""
+    controls = [replace(cell, region="matched:cam") for cell in cells(0.4)]
+    assert strongest_attack_sentence(controls, 1.0) == (
+        "Under pgd confined to matched:cam (0% of the image), 40% [30%, 50%] of 9 images remain correctly "
+        "classified (100% without an attack)."
+    )
+    whole = replace(cells(0.2)[0], region="none")
+    assert "matched:cam" not in strongest_attack_sentence([*controls, whole], 1.0)
+
+
 def ends(images: int, fooled: int, **changes: Any) -> Extremes:
     rows = pd.DataFrame()
     return Extremes(rows, rows, images, fooled, **{"by_size": False, **changes})

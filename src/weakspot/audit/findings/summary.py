@@ -178,8 +178,10 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
     if not judged:
         return " ".join(no_robust_accuracy(known))
     confined = [cell for cell in judged if cell.region != WHOLE_IMAGE and not cell.is_control]
-    strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
     whole = [cell for cell in judged if cell.region == WHOLE_IMAGE]
+    # Controls say something beside their region only, unless the plan has nothing else.
+    named = [*confined, *whole] or judged
+    strongest = min(confined or named, key=lambda cell: cell.robust_accuracy)
     if confined and strongest.robust_accuracy == 1:
         regions = ", ".join(dict.fromkeys(cell.region for cell in confined))
         attacks = ", ".join(dict.fromkeys(cell.name for cell in confined))
@@ -193,7 +195,7 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
         for cell in sorted(whole, key=lambda cell: cell.robust_accuracy)[:1]:
             sentence += f"; under {cell.name} on the whole image, {_accuracy(cell)}"
         return f"{sentence}."
-    listed = [cell for cell in (*confined, *whole) if cell.attack == strongest.attack]
+    listed = [cell for cell in named if cell.attack == strongest.attack]
     return robust_accuracy_sentence(listed, clean) + "."
 
 
