@@ -339,6 +339,17 @@ def test_the_query_quotes_any_label(steady: Path, audited: Audited) -> None:
     assert pd.api.types.is_bool_dtype(result.sql("select robust from outcomes").df()["robust"])
 
 
+def test_an_unknown_outcome_has_an_unknown_robustness_whatever_its_size(
+    steady: Path, audited: Audited
+) -> None:
+    result = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
+    fmn = result.records["attack"] == "fmn"
+    records = result.records.astype({"success_8bit": "boolean"})
+    store_records(result.folder, records.assign(success_8bit=records["success_8bit"].mask(fmn), linf=1.0))
+    query = "select distinct robust from outcomes where attack = 'fmn'"
+    assert open_run(result.folder).sql(query).fetchall() == [(None,)]
+
+
 def test_an_attack_that_minimizes_pixels_is_compared_by_images_fooled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

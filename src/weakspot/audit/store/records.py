@@ -279,7 +279,8 @@ def _within(limit: Limit | None, fooled: str) -> str:
     if limit is None:
         return "null"
     most = limit.amount * (1 + ROUNDING[0]) + ROUNDING[1]
-    return f"not ({fooled} and {limit.kind} <= {most!r})"
+    # In SQL, `null and false` is false: an unknown outcome would count as robust if its size exceeds the limit.
+    return f"case when {fooled} is not null then not ({fooled} and {limit.kind} <= {most!r}) end"
 
 
 def quoted(text: str) -> str:
