@@ -284,6 +284,18 @@ def test_an_interrupt_ends_with_five_and_the_audit_can_be_resumed(
     assert run("audit", "--resume", "made", "--no-report").code == 0
 
 
+def test_an_interrupt_before_there_is_a_run_says_so(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weakspot.audit.Plan.from_mapping", interrupt)
+    ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
+    assert (ended.code, ended.err.strip()) == (130, "weakspot: interrupted; nothing was written")
+    assert not Path("made").exists()
+
+
 def test_a_full_disk_ends_with_five_and_one_sentence(
     run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

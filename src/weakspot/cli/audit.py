@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weakspot._progress import Step
-from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
+from weakspot.cli.app import (
+    INTERRUPTED,
+    NOTHING_WRITTEN,
+    RESUMABLE,
+    UNREADABLE,
+    Failure,
+    command,
+    complain,
+    note,
+)
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
@@ -226,9 +235,10 @@ def _resumable(where: str) -> Iterator[None]:
         raise Failure(f"interrupted; {interrupted}", RESUMABLE) from None
     except KeyboardInterrupt:
         # Without run.json there is nothing that --resume could continue.
-        begun = exists(f"{where.rstrip('/')}/run.json")
+        if not exists(f"{where.rstrip('/')}/run.json"):
+            raise Failure(NOTHING_WRITTEN, INTERRUPTED) from None
         remedy = f"continue with weakspot audit --resume {shlex.quote(where)}"
-        raise Failure(f"interrupted; {remedy if begun else 'nothing was written'}", RESUMABLE) from None
+        raise Failure(f"interrupted; {remedy}", RESUMABLE) from None
     except StoppedError as stopped:
         raise Failure(str(stopped), RESUMABLE if stopped.resumable else 2) from stopped
     finally:
