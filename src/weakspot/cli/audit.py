@@ -118,8 +118,9 @@ def audit(
     """Attack every image with every attack in every region: one row per image x attack x region.
 
     If the audit is interrupted, --resume continues it, with the same result as without the interrupt. The same seed
-    gives the same records for every batch size and order of images. Files that are not images are skipped and listed.
-    If images can no longer be read, the audit is incomplete and exits with code 4.
+    gives the same records for every order of images and number of workers; another `group` in plan.toml (images per
+    pass through the model) can change their last digits. Files that are not images are skipped and listed. If images
+    can no longer be read, the audit is incomplete and exits with code 4.
 
     Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified. A
     change that exceeds the stated budget does not count; minimal-norm attacks need one stated budget.
