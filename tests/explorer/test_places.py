@@ -113,6 +113,19 @@ def test_a_proposed_mask_is_the_region_of_the_command_line(desk: Desk, kind: str
     assert told["pixels"] == int(expected.sum())
 
 
+def test_no_square_is_looked_for_in_an_image_that_is_misclassified(desk: Desk) -> None:
+    exhibit = desk.bench.exhibit(0)
+    predicted = int(exhibit.logits.argmax())
+    desk.bench.add(exhibit.pixels, ["misclassified"], torch.tensor([(predicted + 1) % 4]))
+    error = desk.ask("mask", {"image": len(desk.bench.exhibits) - 1, "kind": "weakest"}).exception(60)
+    assert str(error) == (
+        f"No change is needed: the image is classified as 'class of {predicted}', not as "
+        f"'class of {(predicted + 1) % 4}', to begin with."
+    )
+    error = desk.ask("mask", {"image": 0, "kind": "weakest", "budget": "linf:1/25500"}).exception(60)
+    assert str(error).startswith("no square was found")
+
+
 def test_a_superpixel_is_the_piece_at_the_point(desk: Desk) -> None:
     told = ask(desk, "mask", kind="superpixel", y=12, x=9, count=12)
     pieces = regions.superpixels(desk.bench.exhibit(0).pixels, count=12)

@@ -15,6 +15,7 @@ from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, mask_text
 from weakspot.statistics.number_format import percent
 from weakspot.vulnerability import smallest_square
+from weakspot.vulnerability.square import needless
 
 DEFAULT_FRACTION = 0.3
 MOST_PIECES = 5000
@@ -75,6 +76,10 @@ def _border(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, s
 
 def _weakest(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:
     budget = read_budget(request.text("budget", "linf:4/255"))
+    predicted = int(exhibit.logits.argmax())
+    if predicted != exhibit.label:
+        class_name = bench.classifier.class_name
+        raise RequestError(needless(class_name(exhibit.label), class_name(predicted)))
     square = smallest_square(bench.classifier, exhibit.pixels, exhibit.label_tensor, budget=budget)
     side, top, left = (int(values[0]) for values in (square.side, square.top, square.left))
     if not side:
