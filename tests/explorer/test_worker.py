@@ -294,4 +294,28 @@ def test_closing_cancels_what_waits_and_stops_what_runs() -> None:
     assert running.result.result(0) == "stopped"
     assert waiting.result.cancelled()
     assert worker.short(lambda: 1).cancelled()
-    assert worker.probe("", lambda: 1).cancelled()
+    for _ in range(2):
+        assert worker.probe("", lambda: 1).cancelled()
+
+
+def test_closing_during_a_step_cancels_the_steps_after_it() -> None:
+    worker = Worker()
+    begun, go = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def steps() -> Generator[None]:
+        try:
+            begun.set()
+            assert go.wait(60)
+            yield
+            yield
+        finally:
+            ended.append(threading.get_ident())
+
+    task = worker.background(steps)
+    assert begun.wait(60)
+    assert not worker.close(0)
+    go.set()
+    assert worker.close(60)
+    assert task.result.cancelled()
+    assert ended == [worker._thread.ident]

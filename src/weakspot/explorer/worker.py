@@ -101,18 +101,22 @@ class Worker:
     def probe(self, page: str, run: Callable[[], object]) -> Future[object]:
         """Run ahead of everything else; an earlier probe of the page that still waits gets None."""
         task = Task[object](run)
+        earlier: Task[object] | None = None
         with self._wake:
-            earlier = self._probes.pop(page, None)
-            self._probes[page] = task
+            if self._closed:
+                task.result.cancel()
+            else:
+                earlier = self._probes.pop(page, None)
+                self._probes[page] = task
             self._wake.notify()
         if earlier is not None:
             # Outside the lock, because callbacks of the result run at once, in this thread.
             earlier.result.set_result(None)
-        return self._accepted(task)
+        return task.result
 
     def short(self, run: Callable[[], object]) -> Future[object]:
         """Run a short request, between two steps of a long one if need be."""
-        return self._accepted(self._queued(self._short, Task[object](run)))
+        return self._queued(self._short, Task[object](run)).result
 
     def long(self, run: Callable[[], object]) -> Task[object]:
         """Run a long request after those that came before."""
@@ -214,11 +218,6 @@ class Worker:
             self._wake.notify()
         return task
 
-    def _accepted(self, task: Task[object]) -> Future[object]:
-        if self._closed:
-            task.result.cancel()
-        return task.result
-
     def _next(self, *, urgent: bool = False) -> Task[object] | None:
         with self._wake:
             if self._probes:
@@ -254,11 +253,15 @@ class Worker:
             task = self._background.popleft()
         try:
             unfinished = bool(task.run())
+            with self._wake:
+                if unfinished and not self._closed:
+                    self._background.append(task)
+                    return
+            if unfinished:
+                # Closed during the step, when the task was in no queue: it ends as those that wait do.
+                task.run()  # closes the generator, in this thread
+                task.result.cancel()
+            else:
+                task.result.set_result(None)
         except BaseException as error:  # noqa: BLE001
             task.result.set_exception(error)
-            return
-        if unfinished:
-            with self._wake:
-                self._background.append(task)
-        else:
-            task.result.set_result(None)
