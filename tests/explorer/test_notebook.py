@@ -140,6 +140,19 @@ def test_a_job_that_ends_before_it_is_noted_leaves_no_trace(
     assert shell._jobs == {}
 
 
+def test_a_job_may_end_while_it_is_being_stopped(made: tuple[Desk, Cell, NotebookDesk]) -> None:
+    class Ending(dict[str, Task[object]]):
+        """Jobs that another thread removes as soon as one was looked for."""
+
+        def __contains__(self, number: object) -> bool:
+            del self["a-1"]
+            return True
+
+    _, _, shell = made
+    shell._jobs = Ending({"a-1": Task[object](lambda: None)})
+    shell.receive({"kind": "stop", "id": "a-1"})
+
+
 @pytest.mark.parametrize("name", [*QUESTIONS, "probe", "apart"])
 def test_a_closed_desk_says_so(pooling: Made, name: str) -> None:
     desk = Desk(fill_bench(*pooling), {"apart": Question(lambda _desk, _request: {}, apart=True)})

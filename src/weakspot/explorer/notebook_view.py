@@ -52,8 +52,8 @@ class NotebookDesk:
             self._ask(number, str(message.get("name")), message.get("body"))
         elif kind == "subscribe":
             self._subscribe(number, str(message.get("name")), message.get("body"))
-        elif kind == "stop" and number in self._jobs:
-            self._jobs[number].stop.set()
+        elif kind == "stop" and (task := self._jobs.get(number)) is not None:  # ended jobs are removed
+            task.stop.set()
 
     def _ask(self, number: str, name: str, body: object) -> None:
         def finish(done: Future[Message]) -> None:
