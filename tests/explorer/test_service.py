@@ -317,6 +317,15 @@ def test_a_server_on_every_address_answers_to_addresses_and_its_own_name_only() 
     assert alone.refusal({"host": "10.1.2.3:8765", "authorization": f"Bearer {TOKEN}"}, "") is not None
 
 
+def test_a_server_on_every_address_at_port_80_is_asked_without_a_port() -> None:
+    access = Access(80, "0.0.0.0", TOKEN)  # noqa: S104
+    for host in ("10.1.2.3", "[fe80::1]", socket.gethostname().lower(), "10.1.2.3:80"):
+        headers = {"host": host, "authorization": f"Bearer {TOKEN}", "origin": f"http://{host}"}
+        assert access.refusal(headers, "") is None
+    for host in ("evil.example", "10.1.2.3:8765", "10.1.2.3.evil.example", "", ":80"):
+        assert not access.knows(host)
+
+
 def test_the_cookie_goes_to_no_other_server_behind_the_same_proxy() -> None:
     from starlette.testclient import TestClient
 

@@ -83,13 +83,11 @@ class Access:
         """
         if host in self.hosts:
             return True
-        name, _, port = host.rpartition(":")
+        name = host.removesuffix(f":{self.port}")
         everywhere = self.host in {"0.0.0.0", "::"}  # noqa: S104
-        return (
-            everywhere
-            and port == str(self.port)
-            and (name == socket.gethostname().lower() or _is_address(name))
-        )
+        # Browsers leave out port 80 here, too.
+        with_port = name != host or self.port == 80
+        return everywhere and with_port and (name == socket.gethostname().lower() or _is_address(name))
 
     def has_token(self, headers: Mapping[str, str], query: str) -> bool:
         """Whether a request has the token in its link, its cookie or its header Authorization."""
