@@ -191,7 +191,7 @@ def test_an_opened_record_is_the_image_that_was_attacked(run: Run) -> None:
     rest = margin[[one for one in range(4) if one != label]].max()
     assert float(margin[label] - rest) == pytest.approx(frame["margin_clean"][6], abs=1e-5)
     stored = gallery.record(6)
-    assert stored.remark.startswith("The file is not at hand")
+    assert stored.remark == "This is the stored picture, rounded to 8 bits."
     assert float((stored.image - opened.image).abs().max()) <= 0.5 / 255 + 1e-6
     assert stored.adversarial is not None
 
@@ -204,7 +204,7 @@ def test_a_file_that_changed_since_the_audit_is_not_shown_as_the_audited_one(run
     location = Path(run.plan.sources[0]) / before.name
     Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(location)
     opened = Gallery(run).record(0, model)
-    assert opened.remark
+    assert opened.remark.startswith("The file is not at hand as it was audited")
     assert float((opened.image - before.image).abs().max()) <= 0.5 / 255 + 1e-6
     location.unlink()
     assert Gallery(run).record(0, model).remark
@@ -314,6 +314,22 @@ def test_two_threads_get_the_same_answers_at_once(gallery: Gallery) -> None:
     alone = [gallery.answer("records", body) for body in bodies]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda body: gallery.answer("records", body), bodies)) == alone
+
+
+def test_a_closed_table_says_so(synthetic: Run) -> None:
+    table = RecordTable(synthetic)
+    for _ in range(2):
+        table.close()
+        with pytest.raises(ValueError, match="the tables have been closed"):
+            table.rows("select 1")
+
+
+def test_a_score_of_any_name_is_read(run: Run) -> None:
+    name = 'share of "odd" pixels'
+    store_records(run.folder, run.records.assign(**{name: run.records["l2"]}))
+    reply: Any = Gallery(open_run(run.folder)).answer("record", {"id": 5})
+    values = {row["name"]: row["value"] for row in reply["record"]}
+    assert values[name] == values["l2"]
 
 
 def test_the_table_does_not_keep_the_run_from_answering(synthetic: Run) -> None:

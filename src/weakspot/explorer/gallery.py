@@ -152,9 +152,9 @@ class Gallery:
             image = self._pictures.original(place, str(row["content"]), classifier)
         if image is None:
             image = self._pictures.stored("clean", place)
-            remark = (
-                "The file is not at hand as it was audited: this is the stored picture, rounded to 8 bits."
-            )
+            remark = "This is the stored picture, rounded to 8 bits."
+            if classifier is not None:
+                remark = f"The file is not at hand as it was audited. {remark}"
         if image is None:
             raise ValueError(
                 f"{row['image']} must be where the audit read it, or stored in the run, got neither "

@@ -90,7 +90,9 @@ class RecordTable:
         """Id -> these columns of its record, for those that exist."""
         if not ids:
             return {}
-        chosen = ", ".join(f'{self.columns[name].sql} as "{name}"' for name in dict.fromkeys([ORDER, *names]))
+        chosen = ", ".join(
+            f"{self.columns[name].sql} as {quoted_name(name)}" for name in dict.fromkeys([ORDER, *names])
+        )
         numbers = ", ".join(map(str, ids))
         rows = self.rows(
             # The limits let DuckDB skip the blocks that hold none of them.
@@ -118,10 +120,9 @@ class RecordTable:
         return self._axes[column.name]
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; the table answers no more queries."""
         with self._lock:
             self._locked.close()
-            del self._locked
 
 
 def _others(run: Run, other: Run) -> object:
