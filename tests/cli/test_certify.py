@@ -219,6 +219,7 @@ def test_patches_are_certified_behind_the_masks_and_checked(
     ("options", "message"),
     [
         (("--patch", "x"), "--patch must be a number such as 0.03 or 8/255, got 'x'"),
+        (("--patch", "²"), "--patch must be a number such as 0.03 or 8/255, got '²'"),
         (("--patch", "0"), "patch must be a side in pixels"),
         (("--patch", "65"), "patch must be at most 64 pixels a side"),
         (("--patch", "5", "--colors", "8bit"), "--colors has no effect with --patch"),

@@ -161,7 +161,8 @@ def certify(
 
 def _parse_patch(text: str) -> int | float:
     """Pixels as an integer, or a fraction."""
-    if text.strip().isdigit():
+    # To `isdigit` alone, superscripts are digits, too, which `int` does not read.
+    if text.strip().isascii() and text.strip().isdigit():
         return int(text)
     percent = text.strip().endswith("%")
     return parse_number("--patch", text.strip().removesuffix("%")) / (100 if percent else 1)
