@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose images are shown
-FEWEST = 2  # images to attack; twice as many if half of them choose the units that are masked
 QUICK_LABELED = 100  # labeled images of a trial
 DEMO_QUANTILE, QUANTILE = 0.01, 0.005
 

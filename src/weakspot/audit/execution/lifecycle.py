@@ -1,7 +1,7 @@
 """Audits: a plan carried out group by group into a folder, resumable after any crash.
 
 Order of writes, so that a crash at any point loses seconds of work: the list of images, run.json, the groups and shards
-(see `ledger`), then the compacted tables, and at last run.json with the digests and the status "complete". All of these
+(see `job`), then the compacted tables, and at last run.json with the digests and the status "complete". All of these
 are atomic and durable.
 """
 
