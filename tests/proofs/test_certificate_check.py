@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from tests.networks import Made, Wrapped, seeded, untouched
 from weakspot import Classifier, certify_patches, certify_pixels
 from weakspot.proofs import check_certificate
 from weakspot.proofs.box_cover import find_gap, overlap
+from weakspot.proofs.certificate import PixelCertificate
 from weakspot.proofs.certificate_file import CertificateFile
+from weakspot.proofs.two_masks import PatchCertificate
 
 Record = dict[str, Any]
 
@@ -176,6 +179,43 @@ def exact_statement(record: Record) -> None:
     record["statement"] = "exact arithmetic"
 
 
+def reverse_leaf(record: Record) -> None:
+    boxes = record["boxes"]
+    boxes["low"][2], boxes["high"][2] = boxes["high"][2], boxes["low"][2]
+
+
+def reverse_forged_leaf(record: Record) -> None:
+    """Within the allowed colors, beside a box that covers all of them: as volumes, the two do not overlap."""
+    repeat_leaf(record)
+    boxes = record["boxes"]
+    low, high = boxes["low"][0], boxes["high"][0]
+    boxes["low"][-1], boxes["high"][-1] = high, low
+
+
+def huge_leaf(record: Record) -> None:
+    record["boxes"]["low"][2], record["boxes"]["high"][2] = [-1e300], [1e300]
+
+
+def leaf_between_levels(record: Record) -> None:
+    repeat_leaf(record)
+    low = record["boxes"]["low"][0][0]
+    record["boxes"]["low"][-1], record["boxes"]["high"][-1] = [low + 0.001], [low + 0.002]
+
+
+def no_leaves(record: Record) -> None:
+    for values in record["boxes"].values():
+        values.clear()
+
+
+def refute_with_a_huge_color(record: Record) -> None:
+    record["counterexamples"]["colors"][0] = [1e300]
+
+
+def repeat_a_counterexample(record: Record) -> None:
+    for values in record["counterexamples"].values():
+        values.append(values[0])
+
+
 def prove_a_refuted_pixel(record: Record) -> None:
     image, row, column = first(record, -1)
     record["status"][image][row][column] = 1
@@ -284,8 +324,15 @@ def one_more_part(record: Record) -> None:
 TAMPERED: list[tuple[Callable[[Record], None], str]] = [
     (remove_leaf, "is not proven: it has no boxes"),
     (shrink_leaf, "is not proven: no box covers its color"),
-    (widen_leaf, "boxes overlap or reach beyond"),
-    (repeat_leaf, "boxes overlap or reach beyond"),
+    (widen_leaf, "reaches beyond the allowed colors or ends before it begins"),
+    (repeat_leaf, "boxes overlap"),
+    (reverse_leaf, "reaches beyond the allowed colors or ends before it begins"),
+    (reverse_forged_leaf, "reaches beyond the allowed colors or ends before it begins"),
+    (huge_leaf, "reaches beyond the allowed colors or ends before it begins"),
+    (leaf_between_levels, "has a box without an 8-bit color"),
+    (no_leaves, "is not proven: it has no boxes"),
+    (refute_with_a_huge_color, "has a color that is not allowed"),
+    (repeat_a_counterexample, "its counterexamples is not what"),
     (widen_colors, "no box covers its color"),
     (all_colors, "enumerated boxes, which prove 8-bit colors as run and nothing else"),
     (exact_statement, "enumerated boxes, which prove 8-bit colors as run and nothing else"),
@@ -521,6 +568,138 @@ def test_numbers_that_are_not_finite_are_refused(
         changed["lower_bound"][image][row][column] = value
         with pytest.raises(ValueError, match="lower_bound holds something else than finite numbers"):
             check_certificate(network, written(changed, tmp_path / "one.json"), images)
+
+
+def test_colors_without_a_value_are_refused(made: tuple[nn.Module, Tensor, Record], tmp_path: Path) -> None:
+    """null stands for a bound that is not known, and for nothing else."""
+    network, images, record = made
+    for part, name in (("boxes", "low"), ("boxes", "high"), ("counterexamples", "colors")):
+        changed = copy.deepcopy(record)
+        changed[part][name][0] = [None]
+        with pytest.raises(ValueError, match=f"{part}.{name} holds something else than finite numbers"):
+            check_certificate(network, written(changed, tmp_path / "one.json"), images)
+
+
+def test_boxes_with_too_many_colors_are_not_enumerated(tmp_path: Path) -> None:
+    """All 256^3 colors of a pixel would take hours, and those of more channels more memory than there is."""
+    layer = nn.Linear(3 * 2 * 2, 2)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([2.0, -2.0]))
+    network, images = nn.Sequential(nn.Flatten(), layer).eval(), torch.zeros(1, 3, 2, 2)
+    certificate = certify_pixels(network, images, torch.tensor([0]), colors="8bit")
+    assert certificate.proven_fraction == 1
+    record = json.loads(certificate.to_json(tmp_path / "one.json").read_text("utf-8"))
+    record["boxes"]["method"][0] = 2
+    check = check_certificate(network, written(record, tmp_path / "one.json"), images)
+    assert "has an enumerated box of more than 8192 colors" in check.sentence
+
+
+# What takes the place of a part of a certificate.
+ODD = (
+    None, True, -1, 0, 1, 2, 7, 0.5, -0.5, 255, 1.0000001, 1e-300, 1e300, -1e300, 2**31, 2**63, -(2**63), 10**400,
+    float("nan"), float("inf"), "x", [], {}, [0], [[]], [None],
+)  # fmt: skip
+
+
+def mutate(record: Record, random: Random) -> None:
+    """Change one part, wherever it lies: its value, its place, how often it is there."""
+    holder: Any = record
+    key: Any = random.choice(sorted(record))
+    # Down by one step at a time, so that small parts are met as often as large ones.
+    while isinstance(holder[key], list | dict) and holder[key] and random.random() < 0.85:
+        holder = holder[key]
+        key = random.choice(sorted(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
+    kind = random.choice(["replace", "replace", "remove", "nest", "negate", "repeat", "exchange"])
+    if kind == "remove":
+        del holder[key]
+    elif kind == "nest":
+        holder[key] = [holder[key]]
+    elif kind == "negate" and isinstance(holder[key], int | float):
+        holder[key] = -holder[key]
+    elif kind == "repeat" and isinstance(holder, list):
+        holder.insert(key, copy.deepcopy(holder[key]))
+    elif kind == "exchange" and isinstance(holder, list):
+        other = random.randrange(len(holder))
+        holder[key], holder[other] = holder[other], holder[key]
+    else:
+        holder[key] = copy.deepcopy(random.choice(ODD))
+
+
+def mutate_colors(record: Record, random: Random) -> None:
+    """Change the ends of a box, or the color of a counterexample."""
+    boxes = record["boxes"]
+    at = random.randrange(len(boxes["low"]))
+    low, high = boxes["low"][at], boxes["high"][at]
+    shift = random.choice([-1e300, -1.0, -1 / 255, 1e-4, 1.0, 1e300])
+    kind = random.choice(["reverse", "low", "high", "point", "swap", "counterexample"])
+    if kind == "counterexample" and record["counterexamples"]["colors"]:
+        color = random.choice(record["counterexamples"]["colors"])
+        color[0] += shift
+    elif kind == "reverse":
+        boxes["low"][at], boxes["high"][at] = high, low
+    elif kind == "point":
+        boxes["high"][at] = list(low)
+    elif kind == "swap":
+        other = random.randrange(len(boxes["low"]))
+        for end in ("low", "high"):
+            boxes[end][at], boxes[end][other] = boxes[end][other], boxes[end][at]
+    else:
+        (low if kind == "low" else high)[0] += shift
+
+
+def claims(record: Record) -> Record:
+    """What a certificate says about images: all but names, machines, and how it is known."""
+    kept = {"format", "statement", "meaning", "colors", "image_shape", "images", "labels"}
+    kept |= {"status", "certified", "patch"}  # of pixels, and against patches
+    return {key: value for key, value in record.items() if key in kept}
+
+
+MADE: list[Callable[[], tuple[nn.Module, Tensor, PixelCertificate | PatchCertificate]]] = [
+    lambda: certified(weak_network(), colors="8bit:60/255"),
+    lambda: certified(relu_network(), colors=0.3),
+    lambda: certified(relu_network(), colors=0.3, statement="exact arithmetic"),
+    lambda: masked_twice(bright_network(), torch.tensor([0.9, 0.35])),
+]
+
+
+def certified(made: Made, **options: Any) -> tuple[nn.Module, Tensor, PixelCertificate]:
+    network, images = made
+    return network, images, certify_pixels(network, images, network(images).argmax(1), **options)
+
+
+def masked_twice(network: nn.Module, values: Tensor) -> tuple[nn.Module, Tensor, PatchCertificate]:
+    images = values.view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    return network, images, certify_patches(network, images, labels, patch=3, masks=3)
+
+
+@pytest.mark.parametrize("make", MADE, ids=["8bit", "as run", "exact", "patches"])
+def test_whatever_a_file_holds_the_check_ends_with_a_sentence_about_it(
+    tmp_path: Path, make: Callable[[], tuple[nn.Module, Tensor, PixelCertificate | PatchCertificate]]
+) -> None:
+    """Random mutations: one that is read and passes claims what the certificate did; no other error is raised."""
+    network, images, certificate = make()
+    path = certificate.to_json(tmp_path / "one.json")
+    original = json.loads(path.read_text("utf-8"))
+    passed = 0
+    for seed in range(60):
+        random, record = Random(seed), copy.deepcopy(original)  # noqa: S311 - no secret
+        mutate_any = mutate_colors if "boxes" in original and seed % 3 == 0 else mutate
+        mutate_any(record, random)
+        try:
+            check = check_certificate(network, written(record, path), images, sample=20, seed=seed)
+        except ValueError as error:
+            assert str(error).startswith(  # noqa: PT017 - any other error fails the test by itself
+                (f"{path} must be a certificate", "images must hold every image", "model must be the network")
+            ), (seed, error)
+            continue
+        assert check.sentence.startswith("The certificate ")
+        assert not check.passed or claims(record) == claims(original), (seed, check.sentence)
+        passed += check.passed
+    assert passed < 20
+    check = check_certificate(network, written(original, path), images)
+    assert check.passed, check.problems
 
 
 def test_a_forged_pixel_is_found_whatever_the_sample(

@@ -31,7 +31,7 @@ from weakspot.proofs.certificate import (
 )
 from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.color_splits import box_bounds
-from weakspot.proofs.cover_check import cover_problems, pixel_name, proves, record_problems
+from weakspot.proofs.cover_check import box_problems, cover_problems, pixel_name, proves, record_problems
 from weakspot.proofs.enumeration import NetworkRuns, enumerate_colors, levels_between
 from weakspot.proofs.linear_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds
@@ -198,11 +198,11 @@ class _PixelCheck:
     def problems(self) -> Iterator[str]:
         """Everything that is wrong."""
         one = self.certificate
-        serious = [*record_problems(one, self._class_count())]
-        yield from serious
-        if serious:  # what follows relies on the record
-            return
-        yield from cover_problems(one)
+        # Generators, because each part relies on what those before it found in order; what follows relies on all.
+        for part in (record_problems(one, self._class_count()), box_problems(one), cover_problems(one)):
+            if serious := [*part]:
+                yield from serious
+                return
         self._tell(0.2)
         try:
             yield from self.wrong_counterexamples()
@@ -234,9 +234,11 @@ class _PixelCheck:
         own = (one.color[places] == one.images[places]).all(1)
         if one.colors.eight_bit:
             inside &= (eight_bit_value((255 * colors).round()) == colors).all(1)
-        for pixel in pixels[~(inside | own)]:
+        allowed = inside | own
+        for pixel in pixels[~allowed]:
             yield f"the counterexample of {pixel_name(one, pixel)} has a color that is not allowed"
         chosen = self._chosen(len(pixels))
+        chosen = chosen[allowed[chosen]]  # the network is not asked about colors that are no colors
         self.counterexamples_run = len(chosen)
         for image in pixels[chosen, 0].unique().tolist():
             rows = chosen[pixels[chosen, 0] == image]

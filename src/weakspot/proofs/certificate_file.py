@@ -85,10 +85,10 @@ class CertificateFile:
             raise self.error(f"{'.'.join(keys)} is not text")
         return value
 
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype, *keys: str) -> Tensor:
-        """Numbers of a shape, whose first side may be -1 for any length; null is minus infinity."""
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, *keys: str, bounds: bool = False) -> Tensor:
+        """Numbers of a shape, whose first side may be -1 for any length; null is minus infinity, for bounds only."""
         try:
-            values = _tensor(self.part(*keys), dtype)
+            values = _tensor(self.part(*keys), dtype, bounds=bounds)
         except (ValueError, TypeError, RuntimeError, OverflowError):
             raise self.error(f"{'.'.join(keys)} holds something else than finite numbers") from None
         # An empty list has lost its other sides in JSON.
@@ -164,7 +164,7 @@ class CertificateFile:
         return PixelCertificate(
             status=self.tensor(area, torch.int8, "status"),
             statement=statement,
-            lower_bound=self.tensor(area, torch.float64, "lower_bound"),
+            lower_bound=self.tensor(area, torch.float64, "lower_bound", bounds=True),
             color=color,
             predicted=predicted,
             reason=self.tensor(area, torch.int8, "reason"),
@@ -205,7 +205,7 @@ class CertificateFile:
             pixels,
             self.tensor(colors, torch.float64, "boxes", "low"),
             self.tensor(colors, torch.float64, "boxes", "high"),
-            self.tensor(count, torch.float64, "boxes", "bound"),
+            self.tensor(count, torch.float64, "boxes", "bound", bounds=True),
             self.tensor(count, torch.int8, "boxes", "method"),
         )
 
@@ -215,15 +215,15 @@ def _sized(shape: Sequence[int]) -> list[int]:
     return [max(0, side) for side in shape]
 
 
-def _tensor(values: object, dtype: torch.dtype) -> Tensor:
-    """Nested lists of numbers as a tensor; null is minus infinity, others are finite, integers whole."""
+def _tensor(values: object, dtype: torch.dtype, *, bounds: bool) -> Tensor:
+    """Nested lists of numbers as a tensor: finite ones, or null for a bound that is not known; integers are whole."""
 
     def known(leaf: object) -> object:
         if isinstance(leaf, list):
             return [known(one) for one in leaf]
         if isinstance(leaf, float) and not math.isfinite(leaf):  # Python reads NaN, which is no JSON
             raise ValueError("not finite")
-        return -torch.inf if leaf is None else leaf
+        return -torch.inf if leaf is None and bounds else leaf
 
     # By way of float64, so that 0.5 or 300 is refused and not cut to fit an integer type.
     precise = torch.tensor(known(values), dtype=torch.float64)

@@ -17,6 +17,7 @@ from weakspot.proofs.certificate import (
     UNKNOWN,
     PixelCertificate,
 )
+from weakspot.proofs.color_splits import WHOLE
 from weakspot.proofs.enumeration import levels_between
 
 
@@ -76,6 +77,27 @@ def proves(bounds: Tensor, methods: Tensor) -> Tensor:
     return (bounds > 0) | ((methods == ENUMERATED) & (bounds >= 0))
 
 
+def box_problems(one: PixelCertificate) -> Iterator[str]:
+    """Boxes that are no range of allowed colors of their pixel, or are enumerated with too many colors."""
+    boxes = one.boxes
+    image, row, column = boxes.pixels.unbind(1)
+    low, high = (ends[image, :, row, column] for ends in one.colors.box(one.images.cpu()))
+    inside = ((low <= boxes.low) & (boxes.low <= boxes.high) & (boxes.high <= high)).all(1)
+    if not bool(inside.all()):
+        pixel = pixel_name(one, boxes.pixels[~inside][0])
+        yield f"{pixel} has a box that reaches beyond the allowed colors or ends before it begins"
+        return
+    if one.colors.eight_bit:
+        first, last = levels_between(boxes.low, boxes.high)
+        empty = (first > last).any(1)
+        if bool(empty.any()):
+            yield f"{pixel_name(one, boxes.pixels[empty][0])} has a box without an 8-bit color"
+        # In float64, because 256 to the power of many channels exceeds every integer type.
+        many = (boxes.method == ENUMERATED) & ((last - first + 1).double().prod(1) > WHOLE)
+        if bool(many.any()):
+            yield f"{pixel_name(one, boxes.pixels[many][0])} has an enumerated box of more than {WHOLE} colors"
+
+
 def cover_problems(one: PixelCertificate) -> Iterator[str]:
     """Proven pixels whose boxes do not cover their allowed colors, overlap, or have other bounds than stated."""
     boxes = one.boxes
@@ -124,11 +146,7 @@ def _cover_problem(corners: list[Tensor], *, eight_bit: bool) -> str:
         scale = 255 if eight_bit else 1
         middle = ", ".join(f"{(a + b) / 2 / scale:.4g}" for a, b in zip(*gap, strict=True))
         return f"no box covers its color ({middle})"
-    return (
-        "its boxes overlap or reach beyond the allowed colors"
-        if overlap(*region, lows.numpy(), highs.numpy())
-        else ""
-    )
+    return "its boxes overlap" if overlap(*region, lows.numpy(), highs.numpy()) else ""
 
 
 def pixel_name(certificate: PixelCertificate, pixel: Tensor) -> str:
