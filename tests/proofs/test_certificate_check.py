@@ -790,6 +790,32 @@ def test_patch_certificates_are_of_float32_too(tmp_path: Path) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def test_a_single_mask_has_no_pairs(tmp_path: Path) -> None:
+    """A patch as large as the image hides it whole; the class that is left is certified."""
+    network, images = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 1, 8, 8)
+    images = images[:1]
+    label = network(torch.zeros(1, 1, 8, 8)).argmax(1)
+    certificate = certify_patches(network, images, label, patch=8)
+    assert certificate.certified.all()
+    assert len(certificate.masks) == 1
+    check = check_certificate(network, certificate.to_json(tmp_path / "one.json"), images)
+    assert check.passed, check.problems
+    assert check.complete
+
+
+def test_a_class_that_does_not_exist_is_found_at_a_tie_too(tmp_path: Path) -> None:
+    """Where two classes are as near as rounding, either may be stated, and no third."""
+    network, images = bright_network(), torch.zeros(1, 1, 12, 12)
+    vars(network)["after"] = torch.zeros_like
+    certificate = certify_patches(network, images, torch.tensor([1]), patch=3, masks=3)
+    record = json.loads(certificate.to_json(tmp_path / "one.json").read_text("utf-8"))
+    assert check_certificate(network, tmp_path / "one.json", images).passed
+    for value in (2, -1):
+        path = written({**record, "predicted": [value]}, tmp_path / "one.json")
+        check = check_certificate(network, path, images)
+        assert "behind the masks, image 1 is not classified as stated" in check.sentence
+
+
 def test_a_sample_of_pairs_of_masks_is_called_so(tmp_path: Path) -> None:
     network, images = bright_network(), torch.full((1, 1, 12, 12), 0.9)
     path = certify_patches(network, images, torch.tensor([0]), patch=3, masks=3).to_json(
