@@ -6,21 +6,32 @@ of rounds changes no bit of a result. A process that only imports weakspot keeps
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROUNDS = "3000"  # see docs/decisions.md
+OPTION_WITH_VALUE = re.compile(
+    "-[^-cmWX]*([cmWX])(.*)", re.DOTALL
+)  # of the interpreter, maybe behind others as in -um
 
 
 def is_own_program(command: Sequence[str]) -> bool:
     """Whether a command, such as `sys.orig_argv`, starts weakspot by its name or as a module."""
-    # After the interpreter come its options, then -m with a module, or a script.
-    for at, part in enumerate(command[1:], 1):
-        if part == "-m":
-            return command[at + 1 : at + 2] == ["weakspot"]
-        if not part.startswith("-"):
+    # After the interpreter come its options, then -m with a module, -c with code, or a script.
+    rest = iter(command[1:])
+    for part in rest:
+        if part == "-" or not part.startswith("-"):
             return Path(part).stem == "weakspot"
+        if part == "--check-hash-based-pycs":
+            next(rest, "")
+        option = OPTION_WITH_VALUE.match(part)
+        if option:
+            # The value is the rest of this part, as in -Wignore, or the next part.
+            value = option[2] or next(rest, "")
+            if option[1] in "cm":
+                return option[1] == "m" and value == "weakspot"
     return False
 
 
