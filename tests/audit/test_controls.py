@@ -171,6 +171,9 @@ def test_the_sentence_says_numbers_intervals_and_images() -> None:
     )
     (blank,) = contrast_sentences(pd.DataFrame(contrasts(low=np.nan, high=np.nan)))
     assert "[" not in blank
+    (untested,) = contrast_sentences(pd.DataFrame(contrasts(low=np.nan, high=np.nan, q=np.nan)))
+    assert "45% (+5.0 points); confined to" in untested
+    assert "not defined" not in untested
 
 
 @pytest.mark.parametrize(("images", "power"), [(40, 0.35), (100, 0.7), (200, 0.9)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.report.test_image_verdict import BASE, FAILED, NAN
 from weakspot.report.image_findings import HELPS, LOCAL, WHERE, WHY, findings, overview, strongest_fact
-from weakspot.report.image_verdict import page_verdict
+from weakspot.report.image_verdict import page_verdict, verdict
 from weakspot.report.next_steps import next_steps
 
 RIGHT: dict[str, object] = {**BASE, "success_8bit": True, "margin_clean": 2.0, "margin_adversarial": -3.0}
@@ -154,6 +155,8 @@ def test_each_question_has_its_own_answer() -> None:
     assert "the worst leaves 75% of the margin of lynx" in found[LOCAL][1][-1]
     assert found[HELPS][0] == "undoing 40% of the changed cells stops it"
     assert "of units drawn at random, no part that was tried does, only all of them." in found[HELPS][1][1]
+    never = findings(row(RIGHT, units_to_revert=0.3, random_units_to_revert=NAN))[HELPS][1][0]
+    assert never.endswith("restore the decision; of units drawn at random, no part that was tried does.")
     less = findings(row(RIGHT, units_to_revert=0.3, random_units_to_revert=0.1))[HELPS][1][0]
     assert less.endswith(
         "restore the decision; of units drawn at random, 10% was the smallest part tried that does."
@@ -196,6 +199,44 @@ def test_all_changed_cells_are_no_small_set() -> None:
 def test_restoring_all_units_is_no_finding() -> None:
     found = findings(row(RIGHT, units_to_revert=1.0, random_units_to_revert=1.0))
     assert found[HELPS] == ("", [])
+
+
+# Everything at once, and which scores are defined only together.
+EVERYTHING: dict[str, object] = {
+    **RIGHT, **SQUARE, "whole_promotion": 11.4, "whole_suppression": 3.16, "promotion_log2_ratio": 1.85,
+    "perturbation_type": "promotion-dominated", "sufficient_fraction": 1 / 64, "necessary_fraction": 0.4,
+    "weak_pixels": 0.0, "weakest_pixel": 1.5, "units_to_revert": 0.3, "random_units_to_revert": 0.5,
+}  # fmt: skip
+TOGETHER = [
+    ["relation", "relation_p", "relation_q", "effect_in_roi_null"],
+    ["effect_in_roi", "relation", "relation_p", "relation_q", "effect_in_roi_null"],
+    ["margin_taken"],
+    ["moran_i", "effect_in_roi"],
+    ["smallest_square_side", "smallest_square_fraction"],
+    ["weakest_cell"],
+    ["promotion_log2_ratio"],
+    ["sufficient_fraction"],
+    ["necessary_fraction"],
+    ["weak_pixels", "weakest_pixel"],
+    ["units_to_revert", "random_units_to_revert"],
+    ["random_units_to_revert"],
+]
+
+
+@pytest.mark.parametrize("base", [{}, LOST, MISREAD], ids=["fooled", "failed", "misread"])
+@pytest.mark.parametrize("undefined", TOGETHER, ids=", ".join)
+def test_no_sentence_has_a_number_that_is_not_defined(undefined: list[str], base: dict[str, object]) -> None:
+    scores = row({**EVERYTHING, **base}, **dict.fromkeys(undefined, NAN))
+    found = [text for short, sentences in findings(scores).values() for text in (short, *sentences)]
+    explained: Any = Explained(scores=pd.DataFrame([scores]))
+    texts = [*found, strongest_fact(scores), overview(pd.DataFrame([scores] * 2)), verdict(explained)]
+    for text in [*texts, page_verdict(scores)]:
+        assert not re.search(r"not defined|\b(nan|inf|None)\b", text), text
+
+
+def test_of_a_tie_no_part_is_left() -> None:
+    found = findings(row(RIGHT, margin_clean=0.0, weak_pixels=0.0, weakest_pixel=0.0))
+    assert found[LOCAL][1] == ["No single pixel tried is enough, with each channel set to 0 or 1."]
 
 
 class Explained(SimpleNamespace):

@@ -176,11 +176,11 @@ def _how_local(row: pd.Series) -> tuple[str, list[str]]:
         )
     elif weak == 0:
         short = short or "no single pixel tried is enough"
-        left = row["weakest_pixel"] / row["margin_clean"]
-        sentences.append(
-            "No single pixel tried is enough, with each channel set to 0 or 1: the worst leaves "
-            f"{percent(left)} of the margin of {row['label']}."
-        )
+        sentence = "No single pixel tried is enough, with each channel set to 0 or 1"
+        if row["margin_clean"] > 0:  # else it is a tie, of which there is no part
+            left = row["weakest_pixel"] / row["margin_clean"]
+            sentence += f": the worst leaves {percent(left)} of the margin of {row['label']}"
+        sentences.append(f"{sentence}.")
     return short, sentences
 
 
@@ -200,7 +200,10 @@ def _what_helps(row: pd.Series) -> tuple[str, list[str]]:
     if units < 1:
         random = row["random_units_to_revert"]
         beside = f"{percent(random)} was the smallest part tried that does"
-        beside = "no part that was tried does, only all of them" if random == 1 else beside
+        if math.isnan(random):
+            beside = "no part that was tried does"
+        elif random == 1:
+            beside = "no part that was tried does, only all of them"
         sentences.append(
             f"The clean values of the {percent(units)} of the last layer's units that changed most restore the "
             f"decision; of units drawn at random, {beside}."

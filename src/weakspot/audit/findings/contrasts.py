@@ -204,7 +204,9 @@ def _beside(contrast: Contrast, first: Contrast) -> str:
         change = f"{2**contrast.difference:.2f} times as much"
         if np.isfinite(contrast.low):
             change += f" [{2**contrast.low:.2f}, {2**contrast.high:.2f}]"
-    return f"confined to {control}, {value} ({change}, {p_value(contrast.q, 'q')})"
+    # Too few images, or too much alike, for a test of sizes.
+    tested = "" if np.isnan(contrast.q) else f", {p_value(contrast.q, 'q')}"
+    return f"confined to {control}, {value} ({change}{tested})"
 
 
 def _size(size: float, censored: float, norm: str) -> str:
