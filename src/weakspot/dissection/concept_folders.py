@@ -209,7 +209,10 @@ def _read_names(names: Names | None, void: Collection[int]) -> dict[int, str]:
     for value in [*by_value, *void]:
         # A class gets the number value + 1, so its value must be one less than the largest number.
         if not isinstance(value, int) or not 0 <= value <= LARGEST_LABEL - (value not in void):
-            raise ValueError(f"names and void must hold values from 0 to {LARGEST_LABEL - 1}, got {value!r}")
+            raise ValueError(
+                f"names must hold values from 0 to {LARGEST_LABEL - 1} and void from 0 to {LARGEST_LABEL}, "
+                f"got {value!r}"
+            )
     if all(value in void for value in by_value):
         raise ValueError(f"names must leave at least one class besides void, got {names}")
     return by_value
