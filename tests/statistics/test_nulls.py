@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weakspot.statistics import other_image_test, products_over_shifts, run_test, shift_test, standardized
+from weakspot.explanations.agreement import LEVEL
+from weakspot.statistics import (
+    LEAST_OTHERS,
+    other_image_test,
+    products_over_shifts,
+    run_test,
+    shift_test,
+    standardized,
+)
 
 LAW = settings(deadline=None, derandomize=True)  # the same cases in every run
 
@@ -85,6 +93,15 @@ def test_fewer_than_nineteen_other_images_have_no_p() -> None:
         assert bool(found.p.isnan().all()) != given_
         assert torch.equal(found.value, matrix.diagonal())
         assert bool(found.null.isfinite().all()) == given_
+
+
+def test_nineteen_other_images_are_the_fewest_with_which_a_single_image_gets_a_verdict() -> None:
+    assert 2 / (LEAST_OTHERS + 1) <= LEVEL < 2 / LEAST_OTHERS
+    alone = torch.cat([torch.full((1, 1), 100.0), torch.arange(19.0)[None]], 1)
+    assert other_image_test(alone).p.tolist() == [pytest.approx(0.1)]
+    # Together, 20 images are ranked among 380 values.
+    together = other_image_test(unrelated(20, 0) + 100 * torch.eye(20))
+    assert float(together.p.max()) == pytest.approx(2 / 381)
 
 
 def test_an_undefined_attack_spoils_no_other() -> None:

@@ -68,7 +68,10 @@ def queen_lag(maps: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-LEAST_OTHERS = 19  # other images for a p value of one image; with fewer, p cannot reach .05
+# Other images for a p value of one image. The smallest two-sided p of a single image with n others is
+# 2 / (n + 1): with fewer than 19 it is above .1, the level of a verdict (`agreement.LEVEL`). Several images are
+# ranked in one pool and reach less.
+LEAST_OTHERS = 19
 LEAST_RUN = 10  # images for the p value of a whole run
 LEAST_REGION = 40  # images for a verdict on a region or a class
 PERMUTATIONS = 9999
