@@ -6,17 +6,19 @@ ROUNDING = 1e-9
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage; only exactly 0 and 1 are printed as 0% and 100%.
+    """A fraction as a percentage. Between 0 and 1, nothing else is printed as 0% or 100%; outside, all is rounded.
 
     >>> percent(0.414), percent(0.0004), percent(0.9996), percent(1.0), percent(0.0)
     ('41%', 'under 0.1%', 'over 99.9%', '100%', '0%')
+    >>> percent(-0.004), percent(-0.005), percent(-0.0), percent(1.004), percent(1.3), percent(-0.2)
+    ('0%', '0%', '0%', '100%', '130%', '-20%')
     """
     if math.isnan(fraction):
         return "not defined"
     if 0 < fraction < 0.001:
         return "under 0.1%"
-    # Otherwise it would be printed as -0%.
-    if -0.005 < fraction < 0:
+    # Otherwise it would be printed as -0%; Python rounds .5 to even.
+    if -0.005 <= fraction <= 0:
         return "0%"
     if 0.999 < fraction < 1:
         return "over 99.9%"
