@@ -126,6 +126,21 @@ class SiteNorm(nn.Module):
         return found
 
 
+class RowNorm(nn.Module):
+    """Batch normalization of rows, one for each site."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        count, channels, height, width = maps.shape
+        rows: Tensor = self.norm(maps.permute(0, 2, 3, 1).reshape(-1, channels))
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
 def ended(*layers: nn.Module, channels: int, classes: int = 5) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)).eval()
 
@@ -173,6 +188,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(3, 4, 3, padding=1), Gate(4), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), channels=4
     ),
     "channels last": lambda: ended(nn.Conv2d(3, 4, 3, padding=1), SiteNorm(4), SiteNorm(4), channels=4),
+    "batch-norm of rows": lambda: ended(nn.Conv2d(3, 4, 3, padding=1), RowNorm(4), nn.ReLU(), channels=4),
     "group norm, upsampling, prelu": lambda: ended(
         nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(4), nn.GroupNorm(2, 4), nn.Upsample(scale_factor=2), channels=4
     ),
@@ -412,6 +428,13 @@ def test_networks_that_cannot_be_recorded_run_themselves(
     with torch.no_grad():
         one_by_one = [model(edited[None]) for edited in pasted(image, tops, lefts, patches)]
     torch.testing.assert_close(found, torch.cat(one_by_one))
+
+
+def test_statistics_of_a_batch_are_why_edits_run_whole(image: Tensor) -> None:
+    """Other images in a batch change the logits, and the reason says so."""
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    edits = LocalEdits(ended(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), channels=4), image)
+    assert edits.reason == "its batch normalization takes its statistics from the images of a batch"
 
 
 def test_hooks_see_every_edit(image: Tensor) -> None:

@@ -78,14 +78,15 @@ def _batch_norm(state: State, step: Step, values: Values) -> Windows | None:
     """Batch normalization in eval mode: a scale and a shift per channel."""
     del state
     windows: Windows = values[step.inputs[0]]
-    if (
-        len(step.inputs) != 1
-        or windows.order != "maps"
-        or (len(step.arguments) > 5 and step.arguments[5] is True)
-    ):
+    if not _is_fixed_norm(step, windows.order):
         return None
     result = step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()}), **step.keywords)
     return windows.changed(result[0])
+
+
+def _is_fixed_norm(step: Step, order: AxisOrder) -> bool:
+    """Whether a batch normalization is of maps, with constants; by statistics of the batch it cannot be recorded."""
+    return len(step.inputs) == 1 and order == "maps"
 
 
 def _layer_norm(state: State, step: Step, values: Values) -> Windows | None:
@@ -204,9 +205,11 @@ RULES: dict[str, Rule] = {
 
 def needs_clean(step: Step, order: AxisOrder) -> bool:
     """Whether a rule for this step may read the unedited map around a window."""
-    if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
+    if step.name in NORMS:
+        return not _is_fixed_norm(step, order)
+    if step.name in SITEWISE and len(step.inputs) == 1:
         # They read no neighbors, but a constant that has sites makes them take whole maps.
-        return step.name in SITEWISE and not all(_has_no_sites(leaf, order) for leaf in step.arguments)
+        return not all(_has_no_sites(leaf, order) for leaf in step.arguments)
     return order != "maps" or not step.is_pointwise
 
 

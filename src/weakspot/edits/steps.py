@@ -82,6 +82,8 @@ class Step:
         elif self.name == "native_group_norm":
             # The fourth argument is the number of images.
             arguments = (*arguments[:3], arguments[3] * count // recorded, *arguments[4:])
+        elif self.name in {"native_batch_norm", "cudnn_batch_norm"} and arguments[5]:
+            raise CannotRecordError("its batch normalization takes its statistics from the images of a batch")
         return self.call(*arguments, **keywords)
 
     @property
