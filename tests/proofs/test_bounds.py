@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.networks import LinearNetwork, Made, doubled
+from tests.networks import LinearNetwork, Made, Wrapped, doubled
 from tests.proofs.architectures import ARCHITECTURES
+from weakspot import certify_pixels
 from weakspot.classifier import evaluating
 from weakspot.proofs import propagation
 from weakspot.proofs.affine_forms import Form, clamped, largest, point, written_out
@@ -232,6 +233,29 @@ def test_a_network_that_mixes_images_is_not_bounded() -> None:
 
     with pytest.raises(NotSupportedError):
         bounds_of(Mixing().eval(), torch.rand(1, 1, 3, 3), 0, as_run=False)
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1, -2])
+def test_an_axis_after_that_of_images_may_be_added(axis: int) -> None:
+    """On (N, K), axis 2 is the last of the result, not again that of images."""
+    head = nn.Linear(9, 2)
+    network = Wrapped(head, before=lambda images: images.flatten(1).unsqueeze(axis).flatten(1)).eval()
+    image = torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    label = int(network(image).argmax())
+    certificate = certify_pixels(network, image, torch.tensor([label]), colors=1e-4)
+    assert not certificate.unknown_because()
+    plain = bounds_of(nn.Sequential(nn.Flatten(), head).eval(), image, label, as_run=False)
+    boxes = random_boxes(image, 5, 0)
+    torch.testing.assert_close(
+        bounds_of(network, image, label, as_run=False).bounds(*boxes).bound, plain.bounds(*boxes).bound
+    )
+
+
+@pytest.mark.parametrize("axis", [0, -3])
+def test_an_axis_before_that_of_images_is_not_bounded(axis: int) -> None:
+    network = Wrapped(lambda images: images.flatten(1)[:, :2].unsqueeze(axis).flatten(0, 1)).eval()
+    with pytest.raises(NotSupportedError, match="unsqueeze is not supported across images"):
+        bounds_of(network, torch.rand(1, 1, 3, 3), 0, as_run=False)
 
 
 def test_a_product_of_two_values_is_not_bounded() -> None:

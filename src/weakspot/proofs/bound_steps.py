@@ -127,7 +127,9 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     # How many arguments after the input are axes; axis 0, also as counted from the end, is that of images.
     over = {"slice": 1, "squeeze": 1, "unsqueeze": 1, "select": 1, "transpose": 2}.get(step.name, 0)
     axes = step.arguments[1 : 1 + over]
-    images_move = any(isinstance(axis, int) and axis % max(len(before), 1) == 0 for axis in axes)
+    # The axis of an unsqueeze is one of its result, which has one more.
+    count = len(after) if step.name == "unsqueeze" else max(len(before), 1)
+    images_move = any(isinstance(axis, int) and axis % count == 0 for axis in axes)
     if step.name == "slice":
         whole = (*step.arguments[2:], None, None)[:2]
         # A slice to the end is recorded with the largest integer of 64 bits as its end.
