@@ -46,7 +46,7 @@ def evolve(
             progress(generation / generations)
         if not len(active) or generation == generations:
             break
-        three = _three_others(part.keys, generation + 1, population)
+        three = _three_different(part.keys, generation + 1, population)
         children = _Candidates(
             # Just below the sides, so that every place is cut to a pixel of the image.
             places=parents.combined("places", *three).clamp(min=0).minimum(sides - 1e-3),
@@ -106,8 +106,8 @@ def _first_candidates(problem: Problem, population: int, count: int) -> _Candida
     return _Candidates(places.view(len(keys), population, count, 2), colors)
 
 
-def _three_others(keys: Tensor, generation: int, population: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For every candidate three of the population, each (N, population), no two the same."""
+def _three_different(keys: Tensor, generation: int, population: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every candidate three of the population, each (N, population): no two the same, itself maybe among them."""
     # Streams 0 and 1 drew the first candidates.
     numbers = _random.uniform(keys, 1 + generation, 3, population)
     first = (numbers[:, 0] * population).long()

@@ -215,12 +215,13 @@ def few_pixel(
     """Change `count` pixels to any color (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
 
     "evolution" is differential evolution as published: candidates are (row, column, color), a child a + 0.5 (b - c) of
-    three others without crossover replaces only its own parent, the fitness is the label's probability (targeted: the
-    target's), and colors are 8-bit. A candidate that the population already contains is not evaluated again. "guided"
-    tries the corners of the color cube at the sites where the gradient promises most, then around the best sites so
-    far, then colors between the corners; pixels are added one after the other. Images leave as soon as they fool. On
-    images of 96 x 96 pixels and more, a single pixel's candidates go through `LocalEdits` if that saves a quarter of
-    the multiplications. Shared arguments are described in `AttackOptions`.
+    three different candidates, maybe its parent among them, without crossover replaces only its parent, the fitness is
+    the label's probability (targeted: the target's), and colors are 8-bit. A candidate that the population already
+    contains is not evaluated again. "guided" tries the corners of the color cube at the sites where the gradient
+    promises most, then around the best sites so far, then colors between the corners; pixels are added one after the
+    other. Images leave as soon as they fool. On images of 96 x 96 pixels and more, a single pixel's candidates go
+    through `LocalEdits` if that saves a quarter of the multiplications. Shared arguments are described in
+    `AttackOptions`.
 
     Args:
         count: pixels that may change; 1 is the one-pixel attack.
