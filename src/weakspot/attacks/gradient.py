@@ -107,7 +107,7 @@ def pgd(
     the region. Shared arguments are described in `AttackOptions`.
 
     Args:
-        steps: gradient steps per restart, shrinking evenly from twice the budget to 2 / (steps + 1) of it.
+        steps: gradient steps per restart, shrinking evenly from twice the budget to 4 / (steps + 1) of it.
         restarts: random starts; the best result of each image is returned.
         momentum: fraction of the previous gradients, each scaled to mean size one, that is added to the next.
         loss: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,), targets
@@ -141,7 +141,11 @@ def pgd(
 
 
 def shrinking_steps(steps: int) -> list[float]:
-    """The step sizes of `pgd`, in units of the budget."""
+    """The step sizes of `pgd`, in units of the budget.
+
+    >>> shrinking_steps(3)
+    [2.0, 1.5, 1.0]
+    """
     return [2 * (1 - step / (steps + 1)) for step in range(steps)]
 
 
