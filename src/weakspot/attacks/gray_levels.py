@@ -160,7 +160,7 @@ class _Grid:
             rows, value, velocity = rows[left], value[left], velocity[left]
             part, low, high = self.problem.select(rows), self.low[rows], self.high[rows]
             point = _at(value.round(), part.region.expand_as(value), part.clean)
-            # From half of the reach down to nothing.
+            # From the reach, half of the distance between the ends, evenly down to 1 / STEPS of it.
             length = (1 - step / STEPS) * (high - low).amax((1, 2, 3), keepdim=True) / 2
             direction = part.loss_and_gradient(point).direction
             scale = direction.abs().mean((1, 2, 3), keepdim=True)
