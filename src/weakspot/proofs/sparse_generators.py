@@ -42,7 +42,7 @@ def with_fresh(step: LinearStep, form: Form, result: Form, size: tuple[int, int]
         step: that `takes_fresh`.
         form: its input.
         result: what becomes of the rest of that.
-        size: of the map of which `form` is a window; any if it is none.
+        size: height and width of the map that `form` is, or is a window of; any for a matrix product of a whole map.
     """
     fresh = form.fresh
     if fresh is None:
