@@ -126,6 +126,20 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
     assert "1 photograph, labeled by the network itself, of photos" in about
 
 
+def test_training_without_its_extra_is_refused_before_anything_is_measured(
+    tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
+    (cifar / "data_batch_1.bin").write_bytes((cifar / "test_batch.bin").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weakspot._checks.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("weakspot.reproduction.reproduce", pytest.fail)
+    arguments = ["--data", str(cifar), "--model", "planted:build", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, ["reproduce", "localized", *arguments])
+    message = "reproduce localized needs lightning-fabric: pip install 'weakspot[train]'"
+    assert str(result.exception) == message
+
+
 @pytest.mark.parametrize(
     ("stored", "code", "message"),
     [

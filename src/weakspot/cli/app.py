@@ -28,7 +28,7 @@ WRITTEN_KEY = (
 EXTRAS = {
     "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "vl_convert"), "audit, compare, report"),
     "explore": (("starlette", "uvicorn", "websockets"), "explore"),
-    "train": (("lightning_fabric",), "train"),
+    "train": (("lightning_fabric",), "train, reproduce localized"),
     "ray": (("ray",), "audit --engine ray"),
     "datasets": (("datasets",), "train hf:NAME"),
     "transformers": (("transformers",), "--model hf:DIRECTORY"),

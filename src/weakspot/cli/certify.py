@@ -20,7 +20,7 @@ from weakspot.cli.options import (
     LimitOption,
     ModelOptions,
     OutputOptions,
-    QuickOption,
+    QuickImagesOption,
     RegionOption,
     SamplesOption,
     SeedOption,
@@ -75,7 +75,7 @@ def certify(
         bool,
         flag(
             "--exact",
-            "Prove for exact arithmetic instead of float32 as run, which reaches deeper networks.",
+            "Prove for exact arithmetic instead of float32 as run; such proofs reach deeper networks.",
         ),
     ] = False,
     patch: Annotated[
@@ -96,7 +96,7 @@ def certify(
         ),
     ] = None,
     limit: LimitOption = None,
-    quick: QuickOption = False,
+    quick: QuickImagesOption = False,
     seed: SeedOption = 0,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-certify"),
 ) -> None:

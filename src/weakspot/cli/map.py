@@ -20,7 +20,7 @@ from weakspot.cli.options import (
     LimitOption,
     ModelOptions,
     OutputOptions,
-    QuickOption,
+    QuickImagesOption,
     SamplesOption,
     SeedOption,
     option,
@@ -60,7 +60,7 @@ def map(  # noqa: A001 - the name of the command
         ),
     ] = "estimate",
     limit: LimitOption = None,
-    quick: QuickOption = False,
+    quick: QuickImagesOption = False,
     seed: SeedOption = 0,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-map"),
 ) -> None:

@@ -74,6 +74,13 @@ QuickOption = Annotated[
         "chosen by name. Shows that it works, not how well.",
     ),
 ]
+QuickImagesOption = Annotated[
+    bool,
+    flag(
+        "--quick",
+        f"A trial: at most {QUICK_IMAGES} images, chosen by --seed. Shows that it works, not how well.",
+    ),
+]
 BudgetOption = Annotated[
     str,
     option(

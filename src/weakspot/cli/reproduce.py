@@ -36,7 +36,7 @@ COUNTS = {"quick": (24, 64), "full": (100, 200)}  # images: photographs, small i
 )
 def reproduce(
     context: typer.Context,
-    paper: Annotated[str, argument("PAPER", f"{NAMES.capitalize()}.")],
+    paper: Annotated[str, argument("PAPER", f"One of {NAMES}.")],
     network: ModelOptions,
     output: OutputOptions,
     data: Annotated[
@@ -70,9 +70,10 @@ def reproduce(
     confirmed, or cannot be tested on this data. Finished claims are stored in --out, so the same command resumes.
 
     The papers: spatial (arXiv 2011.10794), perceptual (2106.12731), localized (1909.04779), promotion (1904.02057) and
-    one-pixel (1902.02947). PAPER.png shows the result as a figure.
+    one-pixel (1902.02947). PAPER.png shows the result as a figure. Only localized trains networks, and needs
+    pip install 'weakspot[train]'.
     """
-    from weakspot._checks import check_choice
+    from weakspot._checks import check_choice, require
     from weakspot.reproduction import PAPERS
 
     check_choice("PAPER", paper, PAPERS)
@@ -83,6 +84,8 @@ def reproduce(
         from weakspot.reproduction.papers import is_resumable
 
         material = _material(session, data, limit, full=full, seed=seed)
+        if paper == "localized" and material.train is not None:
+            require("reproduce localized", "lightning_fabric", extra="train")
         session.make_folder()
         try:
             result = measure(paper, material, out, command=_command())

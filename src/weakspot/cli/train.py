@@ -188,7 +188,7 @@ def train(
         str | None,
         argument(
             "DATA",
-            "A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
+            "A folder of MNIST's IDX files, of CIFAR's binary files, or of one folder per class; an .npz file; or "
             "hf:DIRECTORY_OR_NAME.",
         ),
     ] = None,
