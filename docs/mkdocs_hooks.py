@@ -10,14 +10,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from weakspot.report.glossary import TERMS
-from weakspot.reproduction import PAPERS, Reproduction, read_reproduction
+from weakspot.reproduction import Reproduction
 from weakspot.reproduction.panel_figure import draw
-from weakspot.reproduction.paper_page import paper_page, verdict_table
+from weakspot.reproduction.paper_page import paper_page
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs/results"  # of `weakspot reproduce`: PAPER.json, and PAPER-DATA.json for further data
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # this file is loaded by its path
+from stored_parts import stored_results  # noqa: E402
+
+from benchmarks.records import stored_tables  # noqa: E402
+
 BENCHMARKS = ROOT / "benchmarks/results"  # of the benchmarks with --json, one file for each run
+TABLES = "<!-- stored benchmarks -->"  # the place of the stored benchmarks on their page
 OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -34,23 +38,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
-    for name, result in _results().items():
+    for name, result in stored_results().items():
         pictures = list(_pictures(name, result))
         for address, content in pictures:
             files.append(File.generated(config, address, content=content))
         text = paper_page(result, [address for address, _ in pictures])
         files.append(File.generated(config, f"paper-{name}.md", content=text))
     return files
-
-
-def _results() -> dict[str, Reproduction]:
-    """The stored reproductions by the name of their file, in the order of the papers."""
-    paths = [
-        path
-        for paper in PAPERS
-        for path in sorted(RESULTS.glob(f"{paper}*.json"), key=lambda path: path.stem)
-    ]
-    return {path.stem: read_reproduction(path) for path in paths}
 
 
 def _pictures(name: str, result: Reproduction) -> Iterator[tuple[str, bytes]]:
@@ -61,31 +55,8 @@ def _pictures(name: str, result: Reproduction) -> Iterator[tuple[str, bytes]]:
         yield f"pictures/{name}-{number + 1}.svg", buffer.getvalue()
 
 
-def _verdicts() -> str:
-    """The table of all claims."""
-    results = _results()
-    return verdict_table(list(results.values()), [f"paper-{name}.md" for name in results])
-
-
-def _benchmarks() -> str:
-    """The tables of the stored benchmarks."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.records import stored_tables
-
-    return stored_tables(BENCHMARKS)
-
-
-def _terms() -> str:
-    """The terms of the report's glossary."""
-    return "\n\n".join(f"**{term}**: {meaning}" for term, meaning in TERMS.items())
-
-
-# What a page has in place of the line `<!-- NAME -->`.
-MADE = {"verdicts of the papers": _verdicts, "stored benchmarks": _benchmarks, "terms of the report": _terms}
-
-
 def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
-    """Put stored results into their pages, and point links between files of the repository at the pages of the site."""
+    """Put stored benchmarks into their page, and point links between files of the repository at pages of the site."""
     sources = {name: source for source, name in OUTSIDE.items()}
     folder = (ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 
@@ -97,10 +68,11 @@ def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
         name = target.relative_to(ROOT).as_posix()
         if name in REPOSITORY_ONLY:
             return text
+        if name.startswith("docs/results/"):
+            name = f"paper-{Path(name).stem}.md"
         return f"{image}[{text}]({OUTSIDE.get(name, name.removeprefix('docs/'))}{anchor})"
 
-    for name, make in MADE.items():
-        if f"<!-- {name} -->" in markdown:
-            markdown = markdown.replace(f"<!-- {name} -->", make())
+    if TABLES in markdown:
+        markdown = markdown.replace(TABLES, stored_tables(BENCHMARKS))
     # Pictures with a width are written in HTML, which GitHub shows as well.
     return LINK.sub(rewritten, markdown).replace('<img src="docs/', '<img src="')

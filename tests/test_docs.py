@@ -10,6 +10,7 @@ import sys
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -94,13 +95,18 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
-def test_the_notebook_has_the_code_of_the_tutorial() -> None:
-    spec = importlib.util.spec_from_file_location("notebook_of_the_docs", ROOT / "docs/notebook.py")
+def module_of(name: str) -> Any:
+    """A script of `docs/` as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.notebook(TUTORIAL.read_text("utf-8"))
+    return module
+
+
+def test_the_notebook_has_the_code_of_the_tutorial() -> None:
+    made = module_of("notebook").notebook(TUTORIAL.read_text("utf-8"))
     assert NOTEBOOK.read_text("utf-8") == made, "run python docs/notebook.py"
     code = ["".join(cell["source"]) for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
     assert code == [block.strip() for block, _ in PYTHON.findall(TUTORIAL.read_text("utf-8"))]
@@ -125,11 +131,15 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
     assert without_numbers(printed) == without_numbers(shown)
 
 
-def test_the_glossary_and_its_markers_are_known_to_the_site() -> None:
-    hooks = (ROOT / "docs/mkdocs_hooks.py").read_text("utf-8")
-    markers = {name for page in PAGES for name in re.findall(r"<!-- ([\w ]+) -->", page.read_text("utf-8"))}
-    assert markers == {"verdicts of the papers", "stored benchmarks", "terms of the report"}
-    assert all(f'"{name}"' in hooks for name in markers)
+def test_parts_from_stored_results_and_code_are_those_of_today() -> None:
+    parts = module_of("stored_parts")
+    for page in parts.PAGES:
+        assert (ROOT / "docs" / page).read_text("utf-8") == parts.filled(page), (
+            "run python docs/stored_parts.py"
+        )
+    markers = [name for page in PAGES for name in re.findall(r"<!-- ([\w ]+) -->", page.read_text("utf-8"))]
+    assert sorted(markers) == sorted([*parts.PAGES.values(), "end", "end", "stored benchmarks"])
+    assert '"<!-- stored benchmarks -->"' in (ROOT / "docs/mkdocs_hooks.py").read_text("utf-8")
 
 
 def test_the_analysis_of_the_how_to_measures_the_border() -> None:
