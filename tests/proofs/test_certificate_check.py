@@ -596,7 +596,7 @@ def test_boxes_with_too_many_colors_are_not_enumerated(tmp_path: Path) -> None:
 
 
 # What takes the place of a part of a certificate.
-ODD = (
+ODD: tuple[object, ...] = (
     None, True, -1, 0, 1, 2, 7, 0.5, -0.5, 255, 1.0000001, 1e-300, 1e300, -1e300, 2**31, 2**63, -(2**63), 10**400,
     float("nan"), float("inf"), "x", [], {}, [0], [[]], [None],
 )  # fmt: skip
