@@ -171,6 +171,7 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
         result = explain(model, pairs)
     assert list(result.analyses) == usual_analyses()
     assert set(available_analyses()) == {*usual_analyses(), *ON_REQUEST}
+    assert all(f'"{name}"' in (explain.__doc__ or "") for name in ON_REQUEST)
     for maps in result.maps.values():
         assert maps.device.type == "cpu"
         assert not maps.requires_grad

@@ -153,7 +153,7 @@ def explain(
     Args:
         model: any classifier. It is not changed.
         pairs: from an attack, or `Pairs.of(model, clean, adversarial)`.
-        analyses: names from the entry-point group "weakspot.analyses". Default: all installed analyses.
+        analyses: names from the entry-point group "weakspot.analyses". Default: all except "certificate".
         seed: passed to every analysis.
         names: the name of each image; by default those of the pairs.
         made: how the pairs were made, for the report.
