@@ -65,8 +65,8 @@ def evaluate_defense(
     - "white-box, N draws": only on a random defense that keeps a gain so far. N doubles from twice `draws` to eight
       times, until a doubling takes at most 2 points.
     - "ensemble": `attacks.ensemble`, if `thorough`.
-    - "square search, N queries": N = 500, then twice as many with new squares until a doubling takes at most 2 points
-      from the defended model, or N reaches `queries`.
+    - "square search, N queries": N = 500 (or `queries`, if that is less), then twice as many with new squares until a
+      doubling takes at most 2 points from the defended model, or the next one would exceed `queries`.
     - "oracle region": if there is an `oracle`. Not part of the worst case.
 
     PGD has two restarts. On a random defense it has one, with two thirds of the steps, on the mean logits of `draws`
