@@ -251,11 +251,15 @@ def scatter(units: pd.DataFrame, level: float) -> Scatter | None:
 
 
 def _axis(largest: float) -> tuple[float, float]:
-    """End and tick distance of an axis from 0: the smallest 1, 2 or 5 times a power of ten with at most five ticks."""
+    """End and tick distance of an axis from 0: the smallest 1, 2 or 5 times a power of ten with at most six ticks.
+
+    >>> _axis(0.25), _axis(0.4)
+    ((0.25, 0.05), (0.4, 0.1))
+    """
     for power in range(-4, 1):
         for factor in (1, 2, 5):
             step = factor * 10.0**power
             if largest <= 5 * step:
-                # Rounded first, so that 0.3 / 0.1 does not need a fourth tick.
+                # Rounded first, so that 0.3 / 0.1 does not take a fourth step.
                 return float(step * max(1, math.ceil(round(largest / step, 9)))), step
     return 5.0, 1.0
