@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import Made, Wrapped, untouched
+from tests.pretend_gpu import GPU, PretendGPU
 from tests.proofs.architectures import ARCHITECTURES
 from tests.proofs.test_enumeration import brute_force, weakened
 from weakspot import certify_pixels, explain
@@ -290,6 +292,24 @@ def test_counterexamples_are_pairs_that_explain_takes() -> None:
     assert bool((pairs.distances["pixels"] == 1).all())
     scores = explain(network, pairs[:2], analyses=["ssim"]).scores
     assert len(scores) == 2
+
+
+def test_a_network_on_a_gpu_has_the_same_proofs_in_exact_arithmetic_and_refutations_as_run() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    region = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    region[..., 3:5, 3:5] = True
+    labels = network(images).argmax(1)
+    here = certify_pixels(network, images, labels, region=region, statement=EXACT)
+    with PretendGPU():
+        network = copy.deepcopy(network).to(GPU)
+        there = certify_pixels(network, images, labels, region=region, statement=EXACT)
+        as_run = certify_pixels(network, images, labels, region=region, statement=AS_RUN)
+    assert {int(one) for one in here.status.unique()} == {-1, 0, 1}
+    assert torch.equal(there.status, here.status)
+    # The rounding of a GPU is not bounded, so nothing is proven there; a color that the network turns is a fact.
+    assert torch.equal(as_run.status, here.status.clamp(max=0))
 
 
 def test_a_region_without_pixels_claims_nothing() -> None:

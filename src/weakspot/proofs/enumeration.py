@@ -23,6 +23,8 @@ BLOCK = 16384  # colors whose logits are in memory at once
 class NetworkRuns:
     """Logits of one image with one pixel in other colors.
 
+    Places, colors and results are on the CPU, whatever the device of the network.
+
     Attributes:
         label: the class of the image.
         n_forward: edits evaluated so far.
@@ -37,8 +39,9 @@ class NetworkRuns:
         """(M,) margins to 1e-4 of the range of the logits, and (M,) how near to zero is too near to trust them."""
         self.n_forward += len(rows)
         patches = colors.to(self.image)[:, :, None, None]
-        logits = self.edits.logits(torch.zeros_like(rows), rows, columns, patches)
-        labels = self.label.expand(len(rows))
+        rows, columns = rows.to(self.image.device), columns.to(self.image.device)
+        logits = self.edits.logits(torch.zeros_like(rows), rows, columns, patches).cpu()
+        labels = self.label.cpu().expand(len(rows))
         margins = margin(logits, labels)
         return margins, NEAR_TIE * logit_scale(logits).expand_as(margins)
 
@@ -49,14 +52,16 @@ class NetworkRuns:
             return torch.zeros(0), torch.zeros(0, dtype=torch.long)
         parts = []
         size = self.classifier.fixed_batch or BATCH
-        for part in torch.arange(len(rows)).split(size):
-            patches = colors[part].to(self.image)[:, :, None, None]
+        rows, columns = rows.to(self.image.device), columns.to(self.image.device)
+        for part in torch.arange(len(rows), device=rows.device).split(size):
+            patches = colors[part.cpu()].to(self.image)[:, :, None, None]
             images = edited_images(self.image, torch.zeros_like(part), rows[part], columns[part], patches)
             with torch.no_grad():
                 parts.append(self.classifier(filled(images, size))[: len(part)])
         logits = torch.cat(parts)
         check_logits(logits, self.classifier, self.image)
-        return margin(logits, self.label.expand(len(logits))), logits.argmax(1)
+        logits = logits.cpu()
+        return margin(logits, self.label.cpu().expand(len(logits))), logits.argmax(1)
 
     def refuting(self, rows: Tensor, columns: Tensor, colors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which of these colors change the decision as run (M,), the classes (M,), and about the margins (M,).
@@ -65,10 +70,10 @@ class NetworkRuns:
         """
         margins, near = self.margins(rows, columns, colors)
         flips = torch.zeros(len(rows), dtype=torch.bool)
-        predicted = self.label.repeat(len(rows))
+        predicted = self.label.cpu().repeat(len(rows))
         doubtful = (~(margins >= near)).nonzero()[:, 0]  # NaN, too
         predicted[doubtful] = self.whole(rows[doubtful], columns[doubtful], colors[doubtful])[1]
-        flips[doubtful] = predicted[doubtful] != self.label
+        flips[doubtful] = predicted[doubtful] != int(self.label)
         return flips, predicted, margins
 
 
@@ -124,7 +129,7 @@ def enumerate_colors(
         inside, colors = eight_bit_colors(levels[0][part], levels[1][part])
         owners = part[inside]
         # Windows only say where to look first: the color with the least margin of each pixel.
-        order = runs.margins(rows[owners], columns[owners], colors)[0].cpu().argsort(stable=True)
+        order = runs.margins(rows[owners], columns[owners], colors)[0].argsort(stable=True)
         first = order[_first_of_each(owners[order])]
         rest = torch.ones(len(owners), dtype=torch.bool)
         rest[first] = False
@@ -139,9 +144,7 @@ def enumerate_colors(
             if late:
                 break
             now = chosen[open_now[owners[chosen]]]
-            margins, classes = (
-                value.cpu() for value in runs.whole(rows[owners[now]], columns[owners[now]], colors[now])
-            )
+            margins, classes = runs.whole(rows[owners[now]], columns[owners[now]], colors[now])
             lowest.scatter_reduce_(0, owners[now], margins.double(), "amin")
             flips = classes != int(runs.label)
             flipped = owners[now[flips]]

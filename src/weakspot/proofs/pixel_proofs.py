@@ -195,7 +195,8 @@ def check_trial(bounds: MarginBounds, classifier: Classifier, image: Tensor, lab
     patches = colors.to(image)[:, :, None, None]
     rows, columns = places // width, places % width
     with torch.no_grad():
-        edited = edited_images(image, torch.zeros_like(places), rows, columns, patches)
+        owners, tops, lefts = (each.to(image.device) for each in (torch.zeros_like(places), rows, columns))
+        edited = edited_images(image, owners, tops, lefts, patches)
         logits = torch.cat([classifier(edited), classifier(image)]).double().cpu()
     if not bool(logits.isfinite().all()):
         raise NotSupportedError("logits are not finite")
