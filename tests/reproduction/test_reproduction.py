@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.pretend_gpu import GPU, PretendGPU
 from weakspot import Classifier, attacks, regions, zoo
 from weakspot.datasets.labeled import from_tensors
 from weakspot.pairs import AttackResult, Pairs
@@ -459,6 +461,56 @@ def test_pieces_of_an_attack_equal_the_whole_and_are_not_attacked_again(
     again = OnePixel(replace(learned, store=tmp_path)).pairs
     assert again is not None
     assert torch.equal(again.adversarial, whole.adversarial)
+
+
+@pytest.mark.parametrize(
+    ("paper", "name"),
+    [
+        ("spatial", "regions matter"),
+        ("localized", "the background is enough"),
+        ("promotion", "three types"),
+        ("one-pixel", "neighbors share the weakness"),
+        *(
+            pytest.param(paper, name, marks=pytest.mark.slow)
+            for paper, name in (
+                ("spatial", "regions correlate"),
+                ("spatial", "neutralizing helps"),
+                ("perceptual", "less visible"),
+                ("perceptual", "changes lie where the network looks"),
+                ("promotion", "perturbations follow the class activation"),
+                ("promotion", "sensitive units are interpretable"),
+                ("one-pixel", "reaches the last layer"),
+            )
+        ),
+    ],
+)
+def test_a_network_on_a_gpu_gives_the_same_claims(
+    paper: str, name: str, learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pretend GPU computes as the CPU does, so that every number is the same."""
+    masks = torch.zeros(24, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, :8] = True
+    monkeypatch.setattr(regions, "background", lambda _: masks)
+    # Float32 as run is proven on the CPU alone.
+    monkeypatch.setattr(one_pixel, "proven_safe", lambda *_: ())
+    here = PAPERS[paper].claims(replace(learned), tmp_path).claims[name]()
+    assert here.verdict != UNTESTED
+    with PretendGPU():
+        there = replace(learned, model=copy.deepcopy(learned.model).to(GPU))
+        assert PAPERS[paper].claims(there, tmp_path).claims[name]() == here
+
+
+def test_a_run_that_is_resumed_on_a_gpu_has_its_pieces_on_one_device(
+    learned: Material, tmp_path: Path
+) -> None:
+    with PretendGPU():
+        given = replace(learned, model=copy.deepcopy(learned.model).to(GPU), store=tmp_path)
+        whole = replace(given).pairs
+        next(tmp_path.glob("*-0-*.safetensors")).unlink()
+        resumed = replace(given).pairs
+    for pairs in (whole, resumed):
+        assert (pairs.adversarial.device.type, pairs.success.device.type) == ("cpu", "cpu")
+    assert torch.equal(whole.adversarial, resumed.adversarial)
 
 
 def test_rates_in_a_ring_count_its_sites() -> None:

@@ -108,7 +108,7 @@ class Localized:
             )
 
         material.log("attacking the background")
-        own, control = confined(masks).success.numpy(), confined(other).success.numpy()
+        own, control = confined(masks).success.cpu().numpy(), confined(other).success.cpu().numpy()
         rate, low, high = proportion_interval(own)
         difference = Difference.of(own, control)
         measured = (

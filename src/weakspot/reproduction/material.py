@@ -28,10 +28,10 @@ ONE_CLASS = 0.9  # fraction of the images above which they count as being of one
 
 @dataclass(frozen=True)
 class Material:
-    """A network and its data.
+    """A network and its data. Images, labels and attacks are on the CPU, also if the network is on a GPU.
 
     Attributes:
-        model: any classifier.
+        model: any classifier, on any device.
         images: (N, C, H, W), all classified as `labels`.
         labels: (N,).
         about: what the data are and which network it is, for the page.
@@ -57,6 +57,11 @@ class Material:
     make: Callable[[int], nn.Module] | None = None
     log: Callable[[str], object] = lambda _: None
     store: Path | None = None
+
+    def __post_init__(self) -> None:
+        # Tables and stored pieces are made on the CPU, so that nothing is ever mixed.
+        for name in ("images", "labels"):
+            object.__setattr__(self, name, getattr(self, name).cpu())
 
     @property
     def count(self) -> int:
@@ -96,7 +101,7 @@ class Material:
         """PGD on every image, of the material's network or of another one, for the classes that it predicts."""
         attacked, labels = (self.model, self.labels) if model is None else (model, None)
         if labels is None:
-            labels = predict(as_classifier(attacked), self.images).argmax(1)
+            labels = predict(as_classifier(attacked), self.images).argmax(1).cpu()
         steps = 10 if self.quick else 40
 
         def attack(rows: Tensor) -> AttackResult:
@@ -112,6 +117,9 @@ class Material:
         Args:
             doing: what is being done, and the name of the pieces.
             attack: of the images with these row numbers. It must not depend on which images are attacked at once.
+
+        Returns:
+            The result on the CPU, whatever the device of the network.
         """
         pieces = []
         for rows in torch.arange(self.count).split(PIECE):
@@ -119,9 +127,9 @@ class Material:
             name = f".{doing.replace(' ', '-')}-{int(rows[0])}-{self.key}.safetensors"
             path = None if self.store is None else self.store / name
             if path is not None and path.exists():
-                pieces.append(AttackResult.load(path).to(self.images.device))
+                pieces.append(AttackResult.load(path))
                 continue
-            pieces.append(attack(rows))
+            pieces.append(attack(rows).to("cpu"))
             if path is not None:
                 pieces[-1].save(path)
         return AttackResult.concatenate(pieces)
@@ -146,8 +154,8 @@ class Material:
         return self.pairs[self.pairs.success]
 
     def correct(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(N,) bool, whether the network classifies images as labels."""
-        return predict(as_classifier(self.model), images).argmax(1) == labels
+        """(N,) bool, whether the network classifies images as labels; on the CPU, like the labels."""
+        return predict(as_classifier(self.model), images).argmax(1).cpu() == labels
 
     def others(self, maps: Tensor) -> Tensor:
         """Every image's map replaced by that of another image, none by its own."""

@@ -157,7 +157,7 @@ class OnePixel:
         pairs = self.pairs[self.pairs.success]
         # With a label that this network does not predict, no pair succeeds: its random edits are those of all pairs.
         logits = predict(shuffled, pairs.clean)
-        wrong = (logits.argmax(1) + 1) % logits.shape[1]
+        wrong = (logits.argmax(1).cpu() + 1) % logits.shape[1]
         edited = Pairs(pairs.clean, pairs.adversarial, wrong, wrong)
         study = propagation_study(shuffled, edited, seed=self.material.seed)
         table = study.table

@@ -185,7 +185,7 @@ class Perceptual:
         steps = 10 if material.quick else 20
         return attacks.pgd(
             material.model, material.images, material.labels, budget=budget, steps=steps, seed=material.seed
-        )
+        ).to("cpu")
 
     def _smallest_that_fools(self, budget_of: Callable[[float], Budget]) -> tuple[Tensor, Tensor]:
         """Mean SSIM (N,) at the first budget that fools each image, and which images were fooled."""
@@ -203,7 +203,7 @@ class Perceptual:
                 budget=budget_of(scale),
                 steps=10,
                 seed=material.seed,
-            )
+            ).to("cpu")
             hit = result.success
             if hit.any():
                 windowed = ssim_map(result.clean[hit], result.adversarial[hit])

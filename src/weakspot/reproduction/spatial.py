@@ -6,6 +6,7 @@ The abstract defines no formula for the regions; ours are those of `overlap`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -86,7 +87,14 @@ class Spatial:
         """Regions of importance and attack of every pair."""
         pairs = self.material.pairs
         self.material.log("computing regions of importance and attack")
-        return overlap(self.material.model, pairs, fraction=FRACTION, seed=self.material.seed)
+        result = overlap(self.material.model, pairs, fraction=FRACTION, seed=self.material.seed)
+        return replace(
+            result,
+            importance=result.importance.cpu(),
+            vulnerability=result.vulnerability.cpu(),
+            roi=result.roi.cpu(),
+            roa=result.roa.cpu(),
+        )
 
     def looks(self) -> Claim:
         """Whether attacks act where the network looks: against other images' importance, by permutation."""
@@ -200,7 +208,8 @@ class Spatial:
         pairs = material.fooled
         # What a defender can compute: from the attacked image alone.
         with evaluating(material.model) as classifier:
-            seen = vulnerable_region(classifier, pairs.adversarial, fraction=FRACTION)
+            attacked = pairs.adversarial.to(classifier.mean.device)
+            seen = vulnerable_region(classifier, attacked, fraction=FRACTION).cpu()
         oracle = (self.overlap.roa & ~self.overlap.roi)[material.pairs.success]
 
         def restored(region: torch.Tensor) -> np.ndarray:
