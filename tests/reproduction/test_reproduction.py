@@ -39,6 +39,7 @@ from weakspot.reproduction.paper_page import paper_page, verdict_table
 from weakspot.reproduction.perturbation_types import Promotion
 from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.reproduction.spatial import Spatial
+from weakspot.training import Matrix
 
 
 class Bright(nn.Module):
@@ -542,6 +543,53 @@ def test_other_images_are_never_the_own() -> None:
     maps = torch.arange(9)[:, None, None, None].float()
     assert (given.others(maps) != maps).all()
     assert sorted(given.others(maps).flatten().tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("clean", "robust", "verdict", "sentence"),
+    [
+        ((0.02, 0.01, 0.03), (0.3, 0.2, 0.4), "confirmed", ""),
+        ((0.0, -0.01, 0.01), (0.3, 0.2, 0.4), "confirmed with a caution", "is not shown to rise"),
+        ((-0.03, -0.05, -0.01), (0.3, 0.2, 0.4), "confirmed with a caution", "falls, so this part"),
+        ((-0.03, -0.05, -0.01), (0.01, -0.1, 0.1), "not confirmed", ""),
+        ((0.02, 0.01, 0.03), (0.04, 0.01, 0.07), "not confirmed", "is no larger"),  # seeds differ by .05
+    ],
+)
+def test_what_is_said_of_localized_training_follows_from_its_two_differences(
+    clean: tuple[float, ...],
+    robust: tuple[float, ...],
+    verdict: str,
+    sentence: str,
+    learned: Material,
+    tmp_path: Path,
+) -> None:
+    recipes, tests = ("standard", "localized", "full"), ("clean", "localized", "full")
+    accuracy = [
+        {
+            "recipe": recipe,
+            "test": test,
+            "accuracy": 0.9,
+            "low": 0.8,
+            "high": 0.95,
+            "spread": 0.05,
+            "images": 9,
+        }
+        for recipe in recipes
+        for test in tests
+    ]
+    shown = {"clean": clean, "localized": robust, "full": (0.0, -0.1, 0.1)}
+    differences = [
+        {"test": test, "recipe": "localized", "against": against}
+        | dict(zip(("difference", "low", "high"), shown[test], strict=True))
+        for test in tests
+        for against in ("standard", "full")
+    ]
+    claims = Localized(learned, tmp_path)
+    vars(claims)["matrix"] = Matrix(pd.DataFrame(accuracy), pd.DataFrame(differences), {})
+    claim = claims.training()
+    assert claim.verdict == verdict
+    for part in ("is not shown to rise", "falls, so this part", "is no larger"):
+        assert (part in claim.control) == (part == sentence)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,9 @@ class Localized:
             control += " The gain in the background is no larger."
         if gains:
             outcome = CONFIRMED if clean["low"] > 0 and self._seeds > 1 else CAUTION
-            if clean["low"] <= 0:
+            if clean["high"] < 0:
+                control += " Accuracy without attack falls, so this part of the claim does not hold."
+            elif clean["low"] <= 0:
                 control += " Accuracy without attack is not shown to rise."
         full = _difference(matrix, "localized", "full")
         if gains and full["high"] < 0:
