@@ -171,7 +171,7 @@ def open_display(console: Console | None = None) -> Iterator[Display]:
 
 def duration(seconds: float) -> str:
     """Seconds as a reader wants them: "7 s", "3 min", "2.5 h"."""
-    # Each unit is used up to 99 of it.
+    # Seconds and minutes are used below 100 of them.
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

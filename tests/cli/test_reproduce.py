@@ -134,6 +134,7 @@ def test_training_without_its_extra_is_refused_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("weakspot._checks.importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("weakspot.reproduction.reproduce", pytest.fail)
+    monkeypatch.setattr(Material, "why_not", "")
     arguments = ["--data", str(cifar), "--model", "planted:build", "--out", str(tmp_path / "out")]
     result = runner.invoke(app, ["reproduce", "localized", *arguments])
     message = "reproduce localized needs lightning-fabric: pip install 'weakspot[train]'"
@@ -141,17 +142,22 @@ def test_training_without_its_extra_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("stored", "code", "message"),
+    ("paper", "stored", "code"),
     [
-        ("", 130, "interrupted; nothing was written"),
-        (".attacking-0-{key}.safetensors", 5, "interrupted; the same command resumes from {out}"),
-        (".spatial-{key}-spent.json", 130, "interrupted; nothing was written"),
-        (".spatial-a-claim-another0key.json", 130, "interrupted; nothing was written"),
-        ("networks-full/localized-0/checkpoint.pt", 5, "interrupted; the same command resumes from {out}"),
+        ("spatial", "", 130),
+        ("spatial", ".attacking-0-{key}.safetensors", 5),
+        ("spatial", ".spatial-regions-correlate-{key}.json", 5),
+        ("spatial", ".perceptual-less-visible-{key}.json", 130),
+        ("spatial", ".spatial-{key}-spent.json", 130),
+        ("spatial", "..spatial-{key}-spent.json.1.2", 130),
+        ("spatial", ".spatial-regions-correlate-another0key.json", 130),
+        ("spatial", "networks-quick/localized-0/checkpoint.pt", 130),
+        ("localized", "networks-quick/localized-0/checkpoint.pt", 5),
+        ("localized", "networks-full/localized-0/checkpoint.pt", 130),
     ],
 )
 def test_an_interrupted_reproduction_says_whether_it_can_be_resumed(
-    stored: str, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: str, stored: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: str, material: Material, out: Path, **__: object) -> None:
         if stored:
@@ -162,9 +168,10 @@ def test_an_interrupted_reproduction_says_whether_it_can_be_resumed(
 
     monkeypatch.setattr("weakspot.reproduction.reproduce", interrupted)
     out = tmp_path / "out"
-    result = runner.invoke(app, ["reproduce", "spatial", "--limit", "1", "--out", str(out)])
+    result = runner.invoke(app, ["reproduce", paper, "--limit", "1", "--out", str(out)])
     assert isinstance(result.exception, Failure)
-    assert (result.exception.code, str(result.exception)) == (code, message.format(out=out))
+    kept = f"the same command resumes from {out}" if code == 5 else "nothing was written"
+    assert (result.exception.code, str(result.exception)) == (code, f"interrupted; {kept}")
 
 
 @pytest.mark.parametrize(

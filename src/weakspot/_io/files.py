@@ -141,7 +141,7 @@ def _try_lock(handle: int) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
-        # Signal 0 is not sent; the call only checks whether the process exists.
+        # On POSIX, signal 0 only checks whether the process exists.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

@@ -140,7 +140,7 @@ def local_copy(url: str) -> Path:
         name = f"{hashlib.blake2b(f'{url} {state}'.encode(), digest_size=16).hexdigest()}{Path(path).suffix}"
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "weakspot", "fetched")
         home.mkdir(parents=True, exist_ok=True)
-        # Threads that need rows of one array wait for its only download.
+        # One download at a time, because several threads may need rows of one array.
         with _fetching:
             if not (home / name).exists():
                 write_atomic(home / name, lambda draft: system.get_file(path, str(draft)))

@@ -124,7 +124,7 @@ def strattack(
             left = (1 - sparsity * step / length.clamp(min=1e-20)).clamp(min=0)
             return perturbation * left.gather(1, groups.flatten(1)).view_as(groups)
 
-        # Steps of one search: there is one for each weight that is tried.
+        # The promised steps are divided among the searches, one for each weight that is tried.
         refining = max(1, int(REFINING * steps) // SEARCHES)
         searching = max(1, steps // SEARCHES - refining)
         with problem.fused_model():

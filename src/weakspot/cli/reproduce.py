@@ -84,13 +84,13 @@ def reproduce(
         from weakspot.reproduction.papers import is_resumable
 
         material = _material(session, data, limit, full=full, seed=seed)
-        if paper == "localized" and material.train is not None:
+        if paper == "localized" and material.train is not None and not material.why_not:
             require("reproduce localized", "lightning_fabric", extra="train")
         session.make_folder()
         try:
             result = measure(paper, material, out, command=_command())
         except KeyboardInterrupt:
-            if not is_resumable(material, out):
+            if not is_resumable(paper, material, out):
                 raise
             raise Failure(f"interrupted; the same command resumes from {out}", RESUMABLE) from None
         files = [f"{paper}.json"]

@@ -125,7 +125,7 @@ class SiteCounts:
         # One product counts the sites shared with every concept and with every category.
         common = active @ torch.cat([masks.float(), (labeled > 0).float()]).T
         split = len(annotation.concepts)
-        # From the concepts of this image to those of the data set.
+        # Spread over all concepts of the data set: zero for those that the image lacks.
         every = torch.zeros(len(units), self.both.shape[1], dtype=torch.float64)
         every[:, annotation.concepts] = common[:, :split].double()
         self.both.index_add_(0, units, every)

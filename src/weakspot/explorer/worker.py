@@ -136,6 +136,8 @@ class Worker:
                 return False
             # What the generator must still restore is restored here, in the thread that owns the model.
             generator.close()
+            if self._closed:
+                task.result.cancel()
             return False
 
         task.run = step
@@ -259,9 +261,8 @@ class Worker:
                     return
             if unfinished:
                 # Closed during the step, when the task was in no queue: it ends as those that wait do.
-                task.run()  # closes the generator, in this thread
-                task.result.cancel()
-            else:
+                task.run()
+            elif not task.result.cancelled():
                 task.result.set_result(None)
         except BaseException as error:  # noqa: BLE001
             task.result.set_exception(error)

@@ -281,7 +281,7 @@ class _Masked:
     def classes(self, base: int, logits: Tensor, scale: float) -> Tensor:
         """(M,) classes under a mask and each of all, by windows' logits (M, K)."""
         top = logits.topk(2, 1).values
-        # The network runs all masks as one batch, so that one near tie decides for all of them.
+        # The network runs all masks in the same batches always, so one near tie decides for all of them.
         near = bool((top[:, 0] - top[:, 1] <= SLACK * scale).any())
         return (self.whole.logits(base) if near else logits).argmax(1)
 

@@ -234,6 +234,9 @@ class Localized:
             control += " How much networks of one recipe with other seeds differ is not measured."
         else:
             control += f" Networks of one recipe with other seeds differ by up to {100 * spread:.0f} points."
+        control += "".join(
+            f" The training of {name} ended early: {why}." for name, why in matrix.stopped.items()
+        )
         outcome = NOT_CONFIRMED
         gains = robust["low"] > 0 and robust["difference"] > spread
         if robust["low"] > 0 and not gains:

@@ -21,7 +21,7 @@ from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent
 
 LEAST_CONFIDENCE = 0.1  # mean probability of the first class
-SCHEMA = 4  # of the stored claims
+SCHEMA = 5  # of the stored claims
 PIECE = 16  # images between two writes
 ONE_CLASS = 0.9  # fraction of the images above which they count as being of one class
 

@@ -114,10 +114,12 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
     return result
 
 
-def is_resumable(material: Material, out: Path) -> bool:
+def is_resumable(paper: str, material: Material, out: Path) -> bool:
     """Whether `out` holds anything that `reproduce` need not do again: claims, pieces of attacks, or networks."""
-    stored = [path for path in out.glob(f".*{material.key}*") if not path.name.endswith("-spent.json")]
-    return bool(stored) or any(out.glob("networks-*/*"))
+    patterns = [f".{paper}-*-{material.key}.json", f".[!.]*-{material.key}.safetensors"]
+    if paper == "localized":
+        patterns.append(f"networks-{'quick' if material.quick else 'full'}/*/*")
+    return any(True for pattern in patterns for _ in out.glob(pattern))
 
 
 class Spent:

@@ -53,7 +53,7 @@ class FixedBatchClassifier(Classifier):
             name=classifier.name,
         )
         self.channels = classifier.channels
-        # The network is where it was; the normalization that has just been made is on the CPU.
+        # A network without tensors does not say its device, and its normalization would be on the CPU.
         self.to(classifier.mean.device)
         # A network exported for one batch size accepts no other group.
         self.smallest_group = classifier.fixed_batch or 1
