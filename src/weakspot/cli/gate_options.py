@@ -26,8 +26,8 @@ class GateOptions:
         list[str] | None,
         option(
             "--fail-if CONDITION",
-            "Exit with code 3 if this holds for any row or cannot be evaluated. The names are above, and the example "
-            "has a condition. Repeat for several.",
+            "Exit with code 3 if this holds for any row or cannot be evaluated. The description above lists the names "
+            "that it may contain. Repeat for several.",
         ),
     ] = None
     junit: Annotated[Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.")] = (
