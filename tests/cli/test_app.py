@@ -57,6 +57,8 @@ OWN = {
     "dissect": {"--out", "--quick"},
     "explain": {"--quick"},  # each leaves out something else
     "defend": {"--quick"},
+    "map": {"--quick"},  # no attack is chosen by name
+    "certify": {"--quick"},
 }
 
 
