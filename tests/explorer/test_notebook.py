@@ -149,8 +149,10 @@ def test_a_job_may_end_while_it_is_being_stopped(made: tuple[Desk, Cell, Noteboo
             return True
 
     _, _, shell = made
-    shell._jobs = Ending({"a-1": Task[object](lambda: None)})
+    task = Task[object](lambda: None)
+    shell._jobs = Ending({"a-1": task})
     shell.receive({"kind": "stop", "id": "a-1"})
+    assert task.stop.is_set()
 
 
 @pytest.mark.parametrize("name", [*QUESTIONS, "probe", "apart"])

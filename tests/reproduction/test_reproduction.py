@@ -585,8 +585,10 @@ def test_what_is_said_of_localized_training_follows_from_its_two_differences(
         for against in ("standard", "full")
     ]
     claims = Localized(learned, tmp_path)
-    vars(claims)["matrix"] = Matrix(pd.DataFrame(accuracy), pd.DataFrame(differences), {})
+    stopped = {"full-1": "robust accuracy fell"}
+    vars(claims)["matrix"] = Matrix(pd.DataFrame(accuracy), pd.DataFrame(differences), stopped)
     claim = claims.training()
+    assert "The training of full-1 ended early: robust accuracy fell." in claim.control
     assert claim.verdict == verdict
     for part in ("is not shown to rise", "falls, so this part", "is no larger"):
         assert (part in claim.control) == (part == sentence)
