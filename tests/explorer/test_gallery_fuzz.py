@@ -227,7 +227,7 @@ def test_a_list_as_a_body_is_refused(gallery: Gallery) -> None:
     assert desk.subscribe("attack", {}, events.append).result.done()
     assert events == [{"event": "error", "error": "No model here."}]
     desk.close()
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="the explorer has been closed"):
         desk.ask("run", {}).result(60)
 
 

@@ -80,8 +80,11 @@ class RecordDesk:
         answer: Future[Message] = Future()
         try:
             task = self._pool.submit(self._answer(name, Request(body)))
-        except (RequestError, RuntimeError) as error:  # RuntimeError: closed
-            answer.set_exception(as_request_error(error))
+        except RequestError as error:
+            answer.set_exception(error)
+            return answer
+        except RuntimeError:  # the pool takes nothing after `close`
+            answer.set_exception(RequestError("the explorer has been closed", 503))
             return answer
 
         def finish(done: Future[Message]) -> None:
