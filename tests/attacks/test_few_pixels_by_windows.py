@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks import few_pixel, pixel_edits
+from weakspot.attacks import few_pixel, pixel_search
 from weakspot.edits import Edits
 
 SIDE = 100
@@ -59,7 +59,7 @@ def test_the_search_is_the_same_as_by_whole_passes(method: str, monkeypatch: pyt
     seen = through(monkeypatch)
     by_windows = few_pixel(model, images, labels, method=method, population=20, generations=4)
     assert seen
-    monkeypatch.setattr(pixel_edits, "LARGE", SIDE * SIDE + 1)
+    monkeypatch.setattr(pixel_search, "LARGE", SIDE * SIDE + 1)
     seen.clear()
     whole = few_pixel(model, images, labels, method=method, population=20, generations=4)
     assert not seen

@@ -3,12 +3,12 @@
 from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.ensembles import ensemble
+from weakspot.attacks.few_pixels import few_pixel
 from weakspot.attacks.gradient import bim, fgsm, pgd
 from weakspot.attacks.group_sparse import ead, strattack
 from weakspot.attacks.library_attacks import external
 from weakspot.attacks.losses import LOSSES, minimizes
 from weakspot.attacks.minimum_norm import fmn
-from weakspot.attacks.pixel_search import few_pixel
 from weakspot.attacks.registry import Attack, available_attacks, find_attack
 from weakspot.attacks.smallest_change import minimal_pgd
 from weakspot.attacks.sweeps import PixelSweep, pixel_sweep

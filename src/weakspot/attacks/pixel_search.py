@@ -1,22 +1,95 @@
-"""Few-pixel attacks: differential evolution, and a search in the order that the gradient suggests."""
+"""Candidates of a few-pixel attack, images with some pixels repainted, and their search in the gradient's order."""
 
 import itertools
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot._checks import check_choice, check_count
-from weakspot._progress import Progress, ProgressOption, part
-from weakspot.attacks.context import AttackOptions, Problem, attack_context
-from weakspot.attacks.differential_evolution import evolve
-from weakspot.attacks.pixel_edits import evaluate_painted, paint, with_windows
-from weakspot.pairs import AttackResult
+from weakspot._progress import Progress, part
+from weakspot.attacks.context import Problem
+from weakspot.attacks.losses import log_odds
+from weakspot.attacks.observers import Observation
+from weakspot.edits import Edits, prepare
+from weakspot.edits.local import WORTH, work_saved
 
+LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller images share batches
 ECONOMY = 12  # evolution's forward passes per one of this search's
 ROUND = 100  # candidates of each image tried at once, in the order of the gradient
 CENTERS = 8  # best sites whose neighbors are tried next
 FINER, COLORS = 4, 125  # best sites that are finally tried in about so many colors between the corners
+
+
+class Painted(NamedTuple):
+    """Margins (M,) of candidates, below zero where they fool, and their fitness (M,), which the search lowers."""
+
+    margins: Tensor
+    fitness: Tensor
+
+
+def paint(images: Tensor, sites: Tensor, colors: Tensor) -> Tensor:
+    """Images (M, C, H, W) with the sites (M, P), numbered in reading order, repainted in colors (M, P, C)."""
+    flat = images.flatten(2).clone()
+    # (M, C, P): every channel of a site is repainted.
+    places = sites[:, None].expand(-1, images.shape[1], -1)
+    return flat.scatter_(2, places, colors.transpose(1, 2).to(flat)).view_as(images)
+
+
+def evaluate_painted(
+    problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor
+) -> Painted:
+    """Repaint images[owners] and evaluate them; only a few batches exist at once."""
+    if problem.prepared is not None and sites.shape[1] == 1:
+        return _by_windows(problem, images, owners, sites[:, 0], colors[:, 0])
+    margins, fitness = [], []
+    for rows in torch.arange(len(owners), device=images.device).split(4 * problem.batch_size):
+        own = owners[rows]
+        margin, logits = problem.logits(paint(images[own], sites[rows], colors[rows]), own)
+        targets = None if problem.targets is None else problem.targets[own]
+        margins.append(margin)
+        fitness.append(log_odds(logits, problem.labels[own], targets))
+    return Painted(torch.cat(margins), torch.cat(fitness))
+
+
+def with_windows(problem: Problem) -> Problem:
+    """The same problem, with edits of one pixel by windows if the images are large and windows save enough work.
+
+    This is decided by counting, not by timing, so that the same seed gives the same result on every machine.
+    """
+    image = problem.clean[:1]
+    if image.shape[2] * image.shape[3] < LARGE:
+        return problem
+    prepared = prepare(problem.classifier, image)
+    if prepared.recording is None or work_saved(prepared.recording, image) < WORTH:
+        return problem
+    return replace(problem, prepared=prepared)
+
+
+def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor) -> Painted:
+    """One pixel each, image by image, because the last bits of a result depend on what shares its chunk."""
+    width = images.shape[3]
+    margins = torch.empty(len(owners), dtype=images.dtype, device=images.device)
+    fitness = torch.empty_like(margins)
+    for owner in owners.unique():
+        rows = (owners == owner).nonzero()[:, 0]
+        edits = Edits(problem.classifier, images[owner : owner + 1], problem.prepared, windows=True)
+        places, patches = sites[rows], colors[rows, :, None, None].to(images)
+        logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
+        targets = None if problem.targets is None else problem.targets[owners[rows]]
+        margins[rows] = problem.margins(logits, owners[rows])
+        fitness[rows] = log_odds(logits, problem.labels[owners[rows]], targets).to(fitness)
+        if problem.observer is not None:
+            image, own, painted = images[owner : owner + 1], sites[rows, None], colors[rows, None]
+
+            def picture(
+                number: int, image: Tensor = image, own: Tensor = own, painted: Tensor = painted
+            ) -> Tensor:
+                return paint(image, own[number : number + 1], painted[number : number + 1])[0]
+
+            problem.observer(Observation(problem.rows[owners[rows]], margins[rows], picture))
+    return Painted(margins, fitness)
 
 
 def follow_gradient(
@@ -192,74 +265,3 @@ def in_gradient_order(problem: Problem, images: Tensor, corners: Tensor) -> tupl
     inside = problem.region.flatten(1)[:, :, None].expand_as(gain)
     gain = gain.masked_fill(~inside, -torch.inf).flatten(1)
     return gain.argsort(dim=1, descending=True, stable=True), inside.flatten(1)
-
-
-METHODS = {"evolution": evolve, "guided": follow_gradient}
-
-
-def few_pixel(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    count: int = 1,
-    region: Tensor | None = None,
-    targets: Tensor | None = None,
-    population: int = 400,
-    generations: int = 100,
-    method: str = "evolution",
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: ProgressOption = None,
-) -> AttackResult:
-    """Change `count` pixels to any color (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
-
-    "evolution" is differential evolution as published: candidates are (row, column, color), a child a + 0.5 (b - c) of
-    three different candidates, maybe its parent among them, without crossover replaces only its parent, the fitness is
-    the label's probability (targeted: the target's), and colors are 8-bit. A candidate that the population already
-    contains is not evaluated again. "guided" tries the corners of the color cube at the sites where the gradient
-    promises most, then around the best sites so far, then colors between the corners; pixels are added one after the
-    other. Images leave as soon as they fool. On images of 96 x 96 pixels and more, a single pixel's candidates go
-    through `LocalEdits` if that saves a quarter of the multiplications. Shared arguments are described in
-    `AttackOptions`.
-
-    Args:
-        count: pixels that may change; 1 is the one-pixel attack.
-        population: candidates of each image.
-        generations: at most; "guided" spends at most population x generations / 12 forward passes.
-        method: "evolution" or "guided", in which nothing is random.
-
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2, bias=False)).eval()
-    >>> images = torch.full((1, 3, 4, 4), 0.01)
-    >>> result = few_pixel(model, images, model(images).argmax(1), method="guided")
-    >>> bool(result.success[0]), int(result.distances["pixels"][0])
-    (True, 1)
-    """
-    check_count("count", count)
-    check_count("generations", generations)
-    check_count("population", population, least=4)
-    check_choice("method", method, METHODS)
-    with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
-    ) as problem:
-        sites = problem.region.flatten(1).sum(1)
-        pixels = images.shape[2] * images.shape[3]
-        if count > pixels:
-            raise ValueError(f"count must be at most the {pixels} pixels of an image, got {count}")
-        adversarial = problem.clean.clone()
-        with problem.fused_model():
-            lowest = problem.evaluate(adversarial)
-            rows = ((sites > 0) & (lowest >= 0)).nonzero()[:, 0]
-            if len(rows):
-                chosen = problem.select(rows)
-                best, margins = METHODS[method](
-                    with_windows(chosen) if count == 1 or method == "guided" else chosen,
-                    count=count,
-                    population=population,
-                    generations=generations,
-                    progress=problem.progress,
-                )
-                better = margins < lowest[rows]
-                adversarial[rows[better]] = best[better]
-        return problem.result(adversarial)

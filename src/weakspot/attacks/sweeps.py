@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from weakspot._checks import unknown_choice
 from weakspot._progress import ProgressOption
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
-from weakspot.attacks.pixel_edits import paint
-from weakspot.attacks.pixel_search import color_grid, in_gradient_order
+from weakspot.attacks.pixel_search import color_grid, in_gradient_order, paint
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.logits import margin as margin_of
 from weakspot.pairs import Pairs
