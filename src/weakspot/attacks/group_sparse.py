@@ -20,6 +20,7 @@ from weakspot.attacks.tradeoff import (
     check_rates,
     squared,
 )
+from weakspot.edits import cells
 from weakspot.pairs import AttackResult
 
 Shrink = Callable[[Tensor, float], Tensor]  # a perturbation and a step length to a sparser perturbation
@@ -205,7 +206,4 @@ def _groups(group: int | Tensor, images: Tensor) -> Tensor:
         numbered: Tensor = torch.unique(group, return_inverse=True)[1]
         return numbered.to(images.device).expand(count, -1, -1, -1)
     check_count("group", group)
-    rows = torch.arange(height, device=images.device)[:, None] // group
-    columns = torch.arange(width, device=images.device)[None] // group
-    cells = rows * (-(-width // group)) + columns
-    return cells.expand(count, 1, -1, -1)
+    return cells(height, width, group).to(images.device).expand(count, 1, -1, -1)
