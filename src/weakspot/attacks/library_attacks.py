@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, quiet, warn
+from weakspot._checks import ModelWarning, first_line, quiet, warn
 from weakspot._progress import ProgressOption
 from weakspot._state import seeded, without_parameter_gradients
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
@@ -19,6 +19,7 @@ from weakspot.budgets import Budget
 from weakspot.pairs import AttackResult
 
 ROUNDING = 1e-5  # fraction of a budget that an attack may overspend before its result is projected
+LONGEST = 200  # characters of another library's error that ours repeats
 
 
 def external(
@@ -155,9 +156,9 @@ def _run(library: Library, task: Task) -> Tensor:
         # A sentence of `Task.refuse` already.
         if str(error).startswith(f"attack {task.name}"):
             raise
-        raise task.refuse(f"failed: {_sentence(error)}") from error
+        raise task.refuse(f"failed: {first_line(error)[:LONGEST]}") from error
     except Exception as error:
-        raise task.refuse(f"failed: {type(error).__name__}: {_sentence(error)}") from error
+        raise task.refuse(f"failed: {type(error).__name__}: {first_line(error)[:LONGEST]}") from error
     adversarial = torch.as_tensor(made).detach().to(clean)
     if adversarial.shape != clean.shape:
         raise task.refuse(f"returned shape {tuple(adversarial.shape)} for images of {tuple(clean.shape)}")
@@ -173,7 +174,3 @@ def _within(problem: Problem, eps: float | None, images: Tensor) -> Tensor:
     over = problem.ball.distance(change) > eps * (1 + ROUNDING) + 1e-7
     projected = problem.apply(problem.project(change))
     return torch.where(over[:, None, None, None], projected, inside)
-
-
-def _sentence(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line), type(error).__name__)[:200]
