@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tests.networks import Made, Wrapped, seeded, untouched
 from weakspot import Classifier, certify_patches, certify_pixels
 from weakspot.proofs import check_certificate
-from weakspot.proofs.box_cover import find_gap, overlap
 from weakspot.proofs.certificate import PixelCertificate
 from weakspot.proofs.certificate_file import CertificateFile
+from weakspot.proofs.cover_check import find_gap, overlap
 from weakspot.proofs.two_masks import PatchCertificate
 
 Record = dict[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.networks import NETWORKS, Made, Wrapped, seeded, untouched
 from weakspot.classifier import Classifier, evaluating
 from weakspot.proofs import DoubleMasking, MaskSet, certify_patches
-from weakspot.proofs.masked_image import NONE, MaskedImage
+from weakspot.proofs.mask_set import NONE, MaskedImage
 from weakspot.proofs.two_masks import SLACK
 
 CORNER = 6  # side of the images of planted networks

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import logit_scale
-from weakspot.proofs.mask_set import MaskSet
-from weakspot.proofs.masked_image import NONE, MaskedImage, count_votes, fill_color, margins_of
+from weakspot.proofs.mask_set import NONE, MaskedImage, MaskSet, count_votes, fill_color, margins_of
 from weakspot.proofs.two_masks import SLACK, PatchCertificate
 from weakspot.statistics.number_format import counted
 

@@ -13,10 +13,19 @@ from weakspot.edits.kernels import State
 from weakspot.edits.rules import apply
 from weakspot.edits.steps import Step
 from weakspot.edits.windows import Map, Windows, as_seen, as_sites, whole
-from weakspot.proofs.affine_forms import Form, aligned, clamped, largest, point, written_out
+from weakspot.proofs.affine_forms import (
+    Form,
+    aligned,
+    clamped,
+    largest,
+    point,
+    takes_fresh,
+    window_product,
+    with_fresh,
+    written_out,
+)
 from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
 from weakspot.proofs.rounding_errors import LARGEST, MOST_TERMS, SMALLEST, TINY, gamma, own
-from weakspot.proofs.sparse_generators import takes_fresh, window_product, with_fresh
 
 # Linear steps that are done on windows where `rules.apply` can; all others take whole maps.
 BY_WINDOWS = {

@@ -29,8 +29,7 @@ from weakspot.proofs.certificate import (
     versions,
     write_record,
 )
-from weakspot.proofs.mask_set import MaskSet, Patch
-from weakspot.proofs.masked_image import NONE, MaskedImage, count_votes, margins_of
+from weakspot.proofs.mask_set import NONE, MaskedImage, MaskSet, Patch, count_votes, margins_of
 from weakspot.statistics.number_format import counted
 
 # `Edits` is exact to 1e-4 of the range of the logits; a margin is a difference of two, here and where it is used. What
