@@ -21,6 +21,8 @@ from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import Donors, OpenedImages
 from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.findings.contrasts import (
+    OTHERS,
+    SHIFTED,
     STRONG,
     UNCLEAR,
     WEAK,
@@ -28,7 +30,6 @@ from weakspot.audit.findings.contrasts import (
     contrast_sentences,
     verdict,
 )
-from weakspot.audit.findings.control_outcomes import OTHERS, SHIFTED
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import predict

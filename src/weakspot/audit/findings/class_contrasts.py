@@ -19,10 +19,13 @@ from weakspot.audit.findings.contrasts import (
     ROUNDING,
     WEAK,
     Contrast,
+    by_place,
+    comparisons,
+    contrast,
     contrast_sentence,
+    read_compared,
     verdict,
 )
-from weakspot.audit.findings.control_outcomes import compared, comparisons, largest_size, read_outcomes
 from weakspot.audit.findings.outcomes import attack_name, in_region, in_reported_regions
 from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.run import Run
@@ -81,16 +84,26 @@ def class_contrasts(run: Run, watch: Callable[[float], None] | None = None) -> C
     ).df()
     table = compare_classes(counts)
     contrasts = _class_contrasts(run, watch)
-    weak = {(label, *place) for label, every in contrasts.items() for place in _weak_places(every)}
+    weak = [
+        (label, group)
+        for label, every in contrasts.items()
+        for group in by_place(every)
+        if verdict(group) == WEAK
+    ]
+    weak_places = {(label, group[0].attack, group[0].region) for label, group in weak}
     places = zip(table["label"], table["attack"], table["region"], strict=True)
-    table["weak_region"] = [(int(label), attack, region) in weak for label, attack, region in places]
+    table["weak_region"] = [(int(label), attack, region) in weak_places for label, attack, region in places]
     # By how much the class is at least more often fooled than the others, as far as both intervals tell.
     table["gap"] = table["low"] - table["rest_high"]
     order = ["weak_region", "weak_class", "gap", "fooled", "label", "attack", "region"]
     table = table.sort_values(order, ascending=[False] * 4 + [True] * 3, kind="stable", na_position="last")
     names = dict(zip(table["label"], table["name"], strict=True))
     spelled = {one.label: attack_name(one.label, counted_budget(run.plan, one)) for one in run.plan.attacks}
-    sentences = [*_sentences_on_classes(table, spelled), *_sentences_on_regions(run, contrasts, names)]
+    sentences = _sentences_on_classes(table, spelled)
+    if not any(spec.is_control for spec in run.plan.specs.values()):
+        sentences.append(UNCONTROLLED)
+    else:
+        sentences += _sentences_on_regions(weak, len(contrasts), names)
     return ClassContrasts(table[list(COLUMNS)].reset_index(drop=True), contrasts, tuple(sentences))
 
 
@@ -146,34 +159,20 @@ def _exact(hits: np.ndarray, images: np.ndarray) -> np.ndarray:
 def _class_contrasts(run: Run, watch: Callable[[float], None] | None) -> dict[int, list[Contrast]]:
     """Label -> contrasts, of the classes with enough images for a verdict; q over all of them."""
     asked = list(comparisons(run.plan))
-    rows: list[tuple[int, tuple[object, ...]]] = []
-    for number, (attack, norm, region, control, texts) in enumerate(asked):
-        outcomes = read_outcomes(run, attack, region, texts, norm)
-        largest = None if norm is None else largest_size(run, attack, norm)
+    rows: list[tuple[int, Contrast]] = []
+    for number, compared in enumerate(asked):
+        outcomes, largest = read_compared(run, compared)
         labels, sizes = np.unique(outcomes.labels[outcomes.labels >= 0], return_counts=True)
         chosen = labels[sizes >= LEAST_REGION]
         for place, label in enumerate(chosen.tolist()):
-            fields = compared(outcomes.of_class(label), norm, largest)
-            rows.append((label, (attack, region, control, len(texts), *fields)))
+            rows.append((label, contrast(compared, outcomes.of_class(label), largest)))
             if watch is not None:
                 watch((number + (place + 1) / len(chosen)) / len(asked))
-    place_of_p = Contrast._fields.index("p")
-    corrected = false_discovery(np.array([values[place_of_p] for _, values in rows], dtype=float))
+    corrected = false_discovery(np.array([one.p for _, one in rows], dtype=float))
     result: dict[int, list[Contrast]] = {}
-    for (label, values), q in zip(rows, corrected.tolist(), strict=True):
-        result.setdefault(label, []).append(Contrast._make([*values, q]))
+    for (label, one), q in zip(rows, corrected.tolist(), strict=True):
+        result.setdefault(label, []).append(one._replace(q=q))
     return result
-
-
-def _groups(contrasts: Sequence[Contrast]) -> dict[tuple[str, str], list[Contrast]]:
-    groups: dict[tuple[str, str], list[Contrast]] = {}
-    for contrast in contrasts:
-        groups.setdefault((contrast.attack, contrast.region), []).append(contrast)
-    return groups
-
-
-def _weak_places(contrasts: Sequence[Contrast]) -> list[tuple[str, str]]:
-    return [place for place, group in _groups(contrasts).items() if verdict(group) == WEAK]
 
 
 def _sentences_on_classes(table: pd.DataFrame, spelled: dict[str, str]) -> list[str]:
@@ -200,20 +199,16 @@ def _sentences_on_classes(table: pd.DataFrame, spelled: dict[str, str]) -> list[
     ]
 
 
-def _sentences_on_regions(run: Run, contrasts: dict[int, list[Contrast]], names: dict[int, str]) -> list[str]:
-    if not any(spec.is_control for spec in run.plan.specs.values()):
-        return [UNCONTROLLED]
-    if not contrasts:
+def _sentences_on_regions(
+    weak: Sequence[tuple[int, Sequence[Contrast]]], classes: int, names: dict[int, str]
+) -> list[str]:
+    """On the weak regions of single classes, of which so many were compared with their controls."""
+    if not classes:
         sentence = (
             f"No class has {LEAST_REGION} images that were attacked both in a region and in its controls, which a "
             "verdict on the regions of a class needs."
         )
         return [sentence]
-    found = [
-        f"Images of {names.get(label, label)}: {contrast_sentence(group)}"
-        for label, every in contrasts.items()
-        for group in _groups(every).values()
-        if verdict(group) == WEAK
-    ]
-    compared = counted(len(contrasts), "class")
+    found = [f"Images of {names.get(label, label)}: {contrast_sentence(group)}" for label, group in weak]
+    compared = counted(classes, "class")
     return found or [f"No region was shown to be weak for a single class ({compared} compared)."]

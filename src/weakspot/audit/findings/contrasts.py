@@ -5,25 +5,24 @@ shifted within the image, and the regions of other images. The shifted region al
 image tend to lie in the middle, where subjects and attacks gather, and shifting moves them away from there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from weakspot.audit.findings.control_outcomes import (
-    FOOLED,
-    OTHERS,
-    SHIFTED,
-    compared,
-    comparisons,
-    largest_size,
-    read_outcomes,
-)
-from weakspot.audit.findings.outcomes import once_per_run
+from weakspot.audit.findings.outcomes import Outcomes, once_per_run, read_outcomes
+from weakspot.audit.plan.plan import Plan, recorded_norm
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
-from weakspot.statistics import LEAST_REGION, false_discovery
+from weakspot.statistics import (
+    LEAST_REGION,
+    false_discovery,
+    mean_interval,
+    paired_proportion_interval,
+    region_test,
+)
 from weakspot.statistics.number_format import counted, p_value, percent, points, size_of_change
 
 MAX_Q = 0.05
@@ -32,6 +31,11 @@ MIN_RATIO = 1.1  # of the smallest sizes, for a verdict
 ROUNDING = 1e-9
 WEAK, STRONG = "a weak region", "stronger than its controls"
 UNCLEAR = "not shown to be weaker or stronger than all of its controls"
+OTHERS, SHIFTED = "other images", "shifted"  # kinds of controls
+FOOLED, SMALLEST = "fooled", "smallest size"  # measures
+NOTHING = (0, (np.nan, np.nan, 0.0, 0.0, np.nan, np.nan, np.nan, np.nan))
+# Attack, its norm if it is a minimal-norm attack, region, kind of control, and the controls of that kind.
+Compared = tuple[str, str | None, str, str, Sequence[str]]
 
 
 class Contrast(NamedTuple):
@@ -57,7 +61,7 @@ class Contrast(NamedTuple):
         high: upper end.
         p: two-sided, from exchanging the outcomes of region and controls within each image
             (`statistics.region_test`).
-        q: p corrected over all contrasts of the run (Benjamini and Hochberg).
+        q: p corrected over all contrasts of the run (Benjamini and Hochberg); NaN until all are known.
     """
 
     attack: str
@@ -77,7 +81,7 @@ class Contrast(NamedTuple):
     low: float
     high: float
     p: float
-    q: float
+    q: float = np.nan
 
     @property
     def direction(self) -> int:
@@ -104,10 +108,97 @@ def region_contrasts(run: Run) -> pd.DataFrame:
     Returns:
         One row per attack, region, and kind of control in the plan, with the columns of `Contrast`.
     """
-    rows = [_contrast(run, *comparison) for comparison in comparisons(run.plan)]
+    rows = [contrast(compared, *read_compared(run, compared)) for compared in comparisons(run.plan)]
     table = pd.DataFrame(rows, columns=list(Contrast._fields))
     table["q"] = false_discovery(table["p"].to_numpy(float))
     return table
+
+
+def comparisons(plan: Plan) -> Iterator[Compared]:
+    """What is compared in a run of this plan."""
+    for attack in plan.attacks:
+        for region, spec in plan.specs.items():
+            controls = [one for one in plan.specs.values() if one.control_of == spec]
+            drawn = [control.text for control in controls if control.donor is not None]
+            shifted = [control.text for control in controls if control.donor is None]
+            for kind, texts in ((OTHERS, drawn), (SHIFTED, shifted)):
+                if texts and not spec.is_control:
+                    yield attack.label, recorded_norm(attack), region, kind, texts
+
+
+def read_compared(run: Run, compared: Compared) -> tuple[Outcomes, float | None]:
+    """The outcomes and, if there is a norm, the largest size that the attack needed anywhere in the run.
+
+    That size is NaN if the attack fooled no image.
+    """
+    attack, norm, region, _, texts = compared
+    outcomes = read_outcomes(run, attack, region, texts, norm)
+    if norm is None:
+        return outcomes, None
+    query = f"select max({norm}) from outcomes where fooled and attack = $attack"  # noqa: S608 - linf, l1 or l2
+    (largest,) = run.sql(query, attack=attack).fetchall()[0]
+    return outcomes, largest or np.nan
+
+
+def contrast(compared: Compared, outcomes: Outcomes, largest: float | None) -> Contrast:
+    """The contrast of outcomes as `read_compared` returns them, or of those of one class."""
+    attack, norm, region, control, texts = compared
+    images, values = _fooled(outcomes) if largest is None else _smallest_sizes(outcomes, largest)
+    fractions = _mean(outcomes.fractions), _mean(_row_means(outcomes.control_fractions))
+    measure = FOOLED if norm is None else SMALLEST
+    return Contrast(attack, region, control, len(texts), *fractions, images, measure, norm or "", *values)
+
+
+def _fooled(outcomes: Outcomes) -> tuple[int, tuple[float, ...]]:
+    """Number of images, and region_value to p of `Contrast`, for fractions of images fooled."""
+    region, controls = outcomes.fooled, outcomes.control_fooled
+    if not len(region):
+        return NOTHING
+    differences = region - _row_means(controls)
+    mean, low, high = mean_interval(differences)
+    if np.isin(differences, (-1, 0, 1)).all() or np.isnan(low):
+        # With one control per image this is a paired difference of proportions, whose interval exists even if hardly
+        # any image differs. It also stands in for the mean over several controls that (nearly) always agree.
+        first_known = np.isnan(controls).argmin(1)[:, None]
+        first = np.take_along_axis(controls, first_known, 1)[:, 0]
+        _, low, high = paired_proportion_interval(region == 1, first == 1)
+        low, high = (low, high) if low <= mean <= high else (np.nan, np.nan)
+    values = (_mean(region), _mean(_row_means(controls)), 0.0, 0.0, mean, low, high)
+    return len(region), (*values, region_test(region, controls))
+
+
+def _smallest_sizes(outcomes: Outcomes, largest: float) -> tuple[int, tuple[float, ...]]:
+    """The same for smallest sizes, over the images that were fooled in at least one of the places."""
+    fooled, control_fooled = outcomes.fooled == 1, outcomes.control_fooled == 1
+    region = np.where(fooled, outcomes.sizes, largest)
+    controls = np.where(control_fooled, outcomes.control_sizes, largest)
+    # A size of zero has no logarithm: such an image was misclassified before the change.
+    controls = np.where(np.isfinite(outcomes.control_fooled) & (controls > 0), controls, np.nan)
+    used = (fooled | control_fooled.any(1)) & (region > 0) & np.isfinite(controls).any(1)
+    if not used.any():
+        return NOTHING
+    # Minus log2: larger values mean a weaker region, as with fractions.
+    own, others = -np.log2(region[used]), -np.log2(controls[used])
+    censored = np.where(np.isfinite(others), ~control_fooled[used], np.nan)
+    return int(used.sum()), (
+        float(2 ** -own.mean()),
+        float(2 ** -_row_means(others).mean()),
+        _mean((~fooled[used]).astype(float)),
+        _mean(_row_means(censored)),
+        *mean_interval(own - _row_means(others)),
+        region_test(own, others),
+    )
+
+
+def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) means over the finite values in each row of (n, K); NaN for a row without any."""
+    known = np.isfinite(values)
+    means: NDArray[np.float64] = np.where(known, values, 0.0).sum(1) / np.maximum(known.sum(1), 1)
+    return np.where(known.any(1), means, np.nan)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else np.nan
 
 
 def verdict(contrasts: Sequence[Contrast]) -> str:
@@ -145,15 +236,21 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
 
 def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
     """One sentence per attack and region, starting with the largest difference from other images' regions."""
-    groups: dict[tuple[str, str], list[Contrast]] = {}
-    for row in contrasts[list(Contrast._fields)].itertuples(index=False, name=None):
-        contrast = Contrast(*row)
-        groups.setdefault((contrast.attack, contrast.region), []).append(contrast)
+    rows = contrasts[list(Contrast._fields)].itertuples(index=False, name=None)
 
     def difference(group: list[Contrast]) -> float:
         return -np.inf if np.isnan(group[0].difference) else group[0].difference
 
-    return [contrast_sentence(group) for group in sorted(groups.values(), key=difference, reverse=True)]
+    groups = by_place(Contrast(*row) for row in rows)
+    return [contrast_sentence(group) for group in sorted(groups, key=difference, reverse=True)]
+
+
+def by_place(contrasts: Iterable[Contrast]) -> list[list[Contrast]]:
+    """The contrasts of each attack in each region, with every kind of control."""
+    groups: dict[tuple[str, str], list[Contrast]] = {}
+    for one in contrasts:
+        groups.setdefault((one.attack, one.region), []).append(one)
+    return list(groups.values())
 
 
 def contrast_sentence(group: Sequence[Contrast]) -> str:
@@ -211,12 +308,3 @@ def _beside(contrast: Contrast, first: Contrast) -> str:
 
 def _size(size: float, censored: float, norm: str) -> str:
     return ("at least " if censored else "") + size_of_change(size, norm)
-
-
-def _contrast(
-    run: Run, attack: str, norm: str | None, region: str, control: str, texts: Sequence[str]
-) -> tuple[object, ...]:
-    """The fields of `Contrast`, with q still open."""
-    outcomes = read_outcomes(run, attack, region, texts, norm)
-    largest = None if norm is None else largest_size(run, attack, norm)
-    return attack, region, control, len(texts), *compared(outcomes, norm, largest), np.nan

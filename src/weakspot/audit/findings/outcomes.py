@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -113,6 +114,55 @@ def read_cell(run: Run, attack: str, region: str, columns: Sequence[str]) -> pd.
     query = f"select {names} from outcomes where attack = $attack and region = $region order by index"  # noqa: S608
     frame: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
     return frame
+
+
+class Outcomes(NamedTuple):
+    """Outcomes (n,) in a region and (n, K) in its controls, of the n images with a known outcome in both.
+
+    Controls with an unknown outcome are NaN. `labels` (n,) are the classes of the images, -1 if unknown.
+    """
+
+    labels: NDArray[np.integer]
+    fooled: NDArray[np.float64]
+    sizes: NDArray[np.float64]
+    fractions: NDArray[np.float64]
+    control_fooled: NDArray[np.float64]
+    control_sizes: NDArray[np.float64]
+    control_fractions: NDArray[np.float64]
+
+    def of_class(self, label: int) -> Self:
+        """The outcomes of the images of one class."""
+        return type(self)(*(values[self.labels == label] for values in self))
+
+
+def read_outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm: str | None) -> Outcomes:
+    """The outcomes of correctly classified images in a region and its controls, with sizes in a norm if given."""
+    # Without a norm, nobody looks at the sizes: any column of numbers will do.
+    size = norm or "region_fraction"
+    columns = ["index", "label", "fooled", "correct", "region_fraction", *([] if norm is None else [norm])]
+    own = read_cell(run, attack, region, columns).set_index("index")
+    own = own[own["fooled"].notna() & own["correct"].fillna(False).astype(bool)]
+    # Reindexed to the region's images: a control with an unknown outcome becomes NaN there.
+    frames = [
+        read_cell(run, attack, text, columns).set_index("index").reindex(own.index) for text in controls
+    ]
+
+    def stacked(column: str) -> NDArray[np.float64]:
+        parts = [frame[column].astype("Float64").to_numpy(float, na_value=np.nan) for frame in frames]
+        return np.column_stack(parts)
+
+    known = np.isfinite(stacked("fooled"))
+    # An image is compared if at least one of its controls is known.
+    some = known.any(1)
+    return Outcomes(
+        own["label"].astype("Int64").fillna(-1).to_numpy(np.int64)[some],
+        own["fooled"].to_numpy(float)[some],
+        own[size].to_numpy(float)[some],
+        own["region_fraction"].to_numpy(float)[some],
+        stacked("fooled")[some],
+        stacked(size)[some],
+        np.where(known, stacked("region_fraction"), np.nan)[some],
+    )
 
 
 def in_reported_regions(run: Run) -> str:
