@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,8 @@ SEARCHES = 5  # weights tried for each image
 FIRST_WEIGHT = 1.0
 Size = Callable[[Tensor], Tensor]  # perturbations (N, C, H, W) to sizes (N,)
 Record = Callable[[Tensor, Tensor], None]  # takes points (N, C, H, W) and their margins (N,)
-
-
-class InnerSearch(Protocol):
-    """One descent with fixed weights (N,), which passes every point that it visits to `record`."""
-
-    def __call__(self, weights: Tensor, record: Record, progress: Progress | None) -> None: ...
+InnerSearch = Callable[[Tensor, Record, Progress | None], None]
+"""One descent with fixed weights (N,), which passes every point that it visits to `record`."""
 
 
 @dataclass(frozen=True)
