@@ -10,9 +10,8 @@ al. 2016, arXiv 1701.04128), measured from gradients, is the better place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from weakspot._state import DispatchMode
 from weakspot.attribution.layers import Layer
 from weakspot.classifier import Classifier, default_batch
+from weakspot.edits.steps import Arguments, pair
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Axis:
 
 
 Grid = tuple[Axis, Axis]
-Arguments = tuple[Any, ...]  # of a torch function
 
 
 def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
@@ -239,28 +238,21 @@ Window = tuple[int, int, int, int]  # kernel, stride, padding, dilation
 
 def _convolution(args: Arguments) -> list[Window]:
     # aten::convolution(input, weight, bias, stride, padding, dilation, transposed, ...)
-    kernel, stride, padding, dilation = args[1].shape[2:], *(_both(args[i]) for i in (3, 4, 5))
+    kernel, stride, padding, dilation = args[1].shape[2:], *(pair(args[i]) for i in (3, 4, 5))
     return list(zip(kernel, stride, padding, dilation, strict=True))
 
 
 def _pool(args: Arguments) -> list[Window]:
     """By default the stride is the kernel, and there is no padding and no dilation."""
-    kernel = _both(args[1])
-    stride = _both(args[2]) if len(args) > 2 and args[2] else kernel
-    padding = _both(args[3]) if len(args) > 3 else (0, 0)
+    kernel = pair(args[1])
+    stride = pair(args[2]) if len(args) > 2 and args[2] else kernel
+    padding = pair(args[3]) if len(args) > 3 else (0, 0)
     return list(zip(kernel, stride, padding, (1, 1), strict=True))
 
 
 def _max_pool(args: Arguments) -> list[Window]:
-    dilation = _both(args[4]) if len(args) > 4 else (1, 1)
+    dilation = pair(args[4]) if len(args) > 4 else (1, 1)
     return [(*window[:3], step) for window, step in zip(_pool(args), dilation, strict=True)]
-
-
-def _both(value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, *rest = value
-    return first, rest[0] if rest else first
 
 
 _WINDOWS = {"convolution": _convolution, "max_pool2d_with_indices": _max_pool, "avg_pool2d": _pool}
