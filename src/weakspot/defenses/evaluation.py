@@ -17,16 +17,15 @@ from weakspot._checks import (
     describe_error,
 )
 from weakspot._progress import ProgressOption, shown
+from weakspot.attacks.context import DEFAULT_BUDGET
 from weakspot.attacks.eight_bit import rounded, whole_levels
-from weakspot.budgets import Budget, Linf
+from weakspot.budgets import Budget
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
 from weakspot.defenses.verdicts import AttackRow
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DEFAULT_BUDGET = Linf(4 / 255)
 
 
 def evaluate_defense(

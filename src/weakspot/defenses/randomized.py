@@ -12,7 +12,7 @@ is; its randomness protects only as long as the seed is secret and nobody may qu
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -111,24 +111,22 @@ class _OnDraws(nn.Module):
         # Another draw is another seed; mixing keeps the seeds of neighboring draws unrelated.
         for draw in self.draws:
             start = int(_random.mixed(_random.mixed(content) + draw))
-            with _drawing(self.defended, start, draw):
+            with one_draw(self.defended, start, draw):
                 logits.append(self.defended(images))
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
 
-def one_draw(model: Classifier, seed: int, draw: int = -1) -> AbstractContextManager[None]:
-    """Inside, the model uses one draw of the attacker for all images."""
-    return _drawing(model, seed, draw)
-
-
 @contextmanager
-def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
-    """Seed the global generators and set the draw of every `DrawnByImage`; all are restored."""
+def one_draw(classifier: Classifier, seed: int, draw: int = -1) -> Iterator[None]:
+    """Inside, the classifier uses one draw, by default the attacker's, for all images.
+
+    Global generators are seeded and the draw of every `DrawnByImage` is set; all are restored.
+    """
     before: dict[int, int] = getattr(_requested, "draws", {})
     # By thread and module, so that two threads on one model use different draws.
     numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
     try:
-        with seeded(start, classifier.mean.device):
+        with seeded(seed, classifier.mean.device):
             _requested.draws = before | numbered
             yield
     finally:
