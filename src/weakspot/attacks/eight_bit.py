@@ -15,9 +15,8 @@ SCALES = (1.0, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, 0.0)
 CLOSE = 1e-6  # relative rounding error of a budget
 NEAR = 1e-3  # of a level: less is rounding of float32
 OVER = 1e-5  # of a budget: less is rounding of float32
-LEAST = (
-    1e-7  # the same for tiny budgets: the difference of two values in [0, 1] is rounded by up to half of this
-)
+# The same for tiny budgets: the difference of two values in [0, 1] is rounded by up to half of this.
+LEAST = 1e-7
 
 
 def rounded(images: Tensor) -> Tensor:

@@ -298,9 +298,8 @@ def square_search(
 
 def _paint(problem: Problem, inside: Tensor, signs: Tensor, perturbation: Tensor) -> Tensor:
     """The perturbation with each image's square moved to the budget's end on the side of `signs`."""
-    if isinstance(
-        problem.budget, Linf
-    ):  # what the lines below amount to; `Problem.apply` does box and region
+    if isinstance(problem.budget, Linf):
+        # What the lines below amount to; `Problem.apply` does box and region.
         return torch.where(inside, problem.budget.eps * signs, perturbation)
     step = problem.ball.steepest_step(signs * (inside & problem.region), torch.zeros_like(perturbation))
     return problem.project(perturbation + 2 * step)  # twice: from one end of the budget to the other

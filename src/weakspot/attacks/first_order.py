@@ -87,9 +87,8 @@ def cell_numbers(size: tuple[int, int], grid: int) -> tuple[Tensor, tuple[int, i
     tensor([[0, 0, 0, 1, 1],
             [2, 2, 2, 3, 3]])
     """
-    rows, columns = (
-        torch.arange(length) * min(grid, length) // length for length in size
-    )  # where a length is not divisible, cells differ by one pixel
+    # Where a length is not divisible, cells differ by one pixel.
+    rows, columns = (torch.arange(length) * min(grid, length) // length for length in size)
     across = int(columns[-1]) + 1
     return rows[:, None] * across + columns, (int(rows[-1]) + 1, across)
 

@@ -132,9 +132,8 @@ class _StraightThrough(nn.Module):
     def __init__(self, defended: Classifier, inner: nn.Module, last: bool) -> None:
         super().__init__()
         self.defended, self.last = defended, last
-        self.inner = [
-            inner
-        ]  # in a list, so that it is not registered twice: it usually belongs to `defended`
+        # In a list, so that it is not registered twice: it usually belongs to `defended`.
+        self.inner = [inner]
 
     def forward(self, images: Tensor) -> Tensor:
         (inner,) = self.inner

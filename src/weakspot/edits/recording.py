@@ -100,9 +100,8 @@ class _Recorder(DispatchMode):
         several = isinstance(result, tuple | list)
         results = list(result) if several else [result]
         call, arguments = func, args
-        if name == "as_strided_" and _same(
-            result, args[0]
-        ):  # pooling to one site calls it to set the strides
+        if name == "as_strided_" and _same(result, args[0]):
+            # Pooling to one site calls it to set the strides.
             call, name, arguments, kwargs = torch.ops.aten.alias.default, "alias", args[:1], {}
         elif written:
             call, name = _without_writing(func, name)

@@ -74,9 +74,8 @@ class Step:
                 if shape[0] * count % recorded:
                     raise CannotRecordError(f"{self.name} mixes images: it makes shape {tuple(shape)}")
                 shape[0] = shape[0] * count // recorded
-            if (
-                self.name != "expand"
-            ):  # values may lie in memory in another order than when they were recorded
+            if self.name != "expand":
+                # Values may lie in memory in another order than when they were recorded.
                 return arguments[0].reshape(shape)
             arguments = (arguments[0], shape, *arguments[2:])
         elif self.name == "native_group_norm":
@@ -236,10 +235,8 @@ def _padding_taken_over(step: Step, before: Step) -> Step:
     total, call = [top, left], step.call
     if (top, left) != (bottom, right):
         total += [bottom, right]
-        cheap = weight.shape[1] == 1 and pair(dilation) == (
-            1,
-            1,
-        )  # depthwise: a few zeros cost less than padding
+        # Depthwise: a few zeros cost less than padding.
+        cheap = weight.shape[1] == 1 and pair(dilation) == (1, 1)
         # Zeros go where even padding is wider than wanted: at the kernel's start if the border after the map is wider.
         zeros = [max(0, width) for width in (right - left, left - right, bottom - top, top - bottom)]
         call = PaddedConvolution(F.pad(weight, zeros) if cheap else None)

@@ -126,10 +126,8 @@ def _outside_grabcut(image: Tensor) -> Tensor:
     (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
     rectangle = (left * zoom, top * zoom, inner_width * zoom, inner_height * zoom)
     mask = np.zeros(pixels.shape[:2], np.uint8)
-    behind, before = (
-        np.zeros((1, 65)),
-        np.zeros((1, 65)),
-    )  # OpenCV's color models of background and foreground
+    # OpenCV's color models of background and foreground.
+    behind, before = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(0)
     cv2.grabCut(pixels, mask, rectangle, behind, before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
     foreground = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
