@@ -1,13 +1,12 @@
 """Pixel sweep: every pixel in every color of a list, exactly."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot._progress import ProgressOption
+from weakspot._progress import Progress, ProgressOption, part
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.pixel_search import color_grid, in_gradient_order, paint
 from weakspot.edits import Edits, Prepared, prepare
@@ -102,12 +101,8 @@ def pixel_sweep(
             sweeps = []
             for number, rows in enumerate(parts):
                 search = _Search(problem.select(rows), logits[rows], prepared, batch_size)
-
-                def fraction(done: float, number: int = number) -> None:
-                    if problem.progress is not None:
-                        problem.progress((number + done) / len(parts))
-
-                search.sweep(palette, fraction, stop_early=stop_early)
+                own_progress = part(problem.progress, number, number + 1, len(parts))
+                search.sweep(palette, own_progress, stop_early=stop_early)
                 if colors == "refined":
                     search.refine()
                 sweeps.append(search.maps())
@@ -142,7 +137,7 @@ class _Search:
         self.predicted = logits.argmax(1).repeat_interleave(sites)
         self.n_forward = torch.zeros_like(problem.labels)
 
-    def sweep(self, palette: Tensor, progress: Callable[[float], None], *, stop_early: bool) -> None:
+    def sweep(self, palette: Tensor, progress: Progress | None, *, stop_early: bool) -> None:
         """Try every color at every pixel of the region."""
         allowed = self.problem.region.flatten(1)
         if stop_early:
@@ -165,7 +160,8 @@ class _Search:
                 active = active[~self._fooled()[active]]
                 if not len(active):
                     break
-            progress(min(1.0, (start + block) / total))
+            if progress is not None:
+                progress(min(1.0, (start + block) / total))
 
     def refine(self) -> None:
         """Try a grid of colors at the best pixels of images that are not fooled yet."""
@@ -175,12 +171,11 @@ class _Search:
         best = margins.topk(min(REFINED_SITES, margins.shape[1]), largest=False)
         rows, ranks = best.values.isfinite().nonzero().unbind(1)
         owners, sites = active[rows], best.indices[rows, ranks]
-        for part in torch.arange(len(owners), device=owners.device).split(max(1, BLOCK // len(palette))):
-            many = len(part)
+        for tried in torch.arange(len(owners), device=owners.device).split(max(1, BLOCK // len(palette))):
             self._try(
-                owners[part].repeat_interleave(len(palette)),
-                sites[part].repeat_interleave(len(palette)),
-                palette.repeat(many, 1),
+                owners[tried].repeat_interleave(len(palette)),
+                sites[tried].repeat_interleave(len(palette)),
+                palette.repeat(len(tried), 1),
             )
 
     def _fooled(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from weakspot._progress import Progress
+from weakspot._progress import Progress, part
 from weakspot.attacks import pgd
 from weakspot.defenses.unit_masking import Attack, masking, masking_sentence
 from weakspot.dissection import (
@@ -101,10 +101,7 @@ def unit_study(
         )
         return UnitStudy(dissection.layer, table, sentences)
 
-    def later(fraction: float) -> None:
-        if progress is not None:
-            progress(0.3 + 0.7 * fraction)
-
+    later = part(progress, 0.3, 1)
     table_of_masking = masking(
         model, dissection.layer, masked, images, labels, attack=attack, seed=seed, progress=later
     )
