@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,24 +59,24 @@ class Side:
         judged: decides which images are correct.
         attacked: gives the gradients of attacks.
         queried: answers the square search.
-        correct: bool (N,).
+        correct: bool (N,), all of them until the first row.
     """
 
     judged: Classifier
     attacked: Classifier
     queried: Classifier
-    correct: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    correct: Tensor
 
     @classmethod
-    def of(cls, classifier: Classifier, random: bool, effort: Effort) -> Side:
+    def of(cls, classifier: Classifier, random: bool, effort: Effort, correct: Tensor) -> Side:
         """A random defense is judged on the defender's draw and attacked on the attacker's."""
         if not random:
-            return cls(classifier, classifier, classifier)
+            return cls(classifier, classifier, classifier, correct)
         judged = defender_model(classifier, seed=effort.seed)
         attacked = expectation(classifier, effort.draws, seed=effort.seed)
         # Draws by the image can be queried until one errs; other draws are new at every query.
         by_image = any(isinstance(module, DrawnByImage) for module in classifier.modules())
-        return cls(judged, attacked, judged if by_image else attacked)
+        return cls(judged, attacked, judged if by_image else attacked, correct)
 
 
 class AttackSequence:
@@ -110,8 +110,9 @@ class AttackSequence:
         self.sizes = shrinking_steps(steps)
         self.restarts = 1 if self.random else RESTARTS
         own, undefended = as_classifier(defended), as_classifier(model)
-        self.undefended = Side.of(undefended, False, effort)
-        self.defended = Side.of(own, self.random, effort)
+        everything = torch.ones_like(labels, dtype=torch.bool)
+        self.undefended = Side.of(undefended, False, effort, everything)
+        self.defended = Side.of(own, self.random, effort, everything)
         self.leads = {AttackRow.OWN: own, AttackRow.UNDEFENDED_GRADIENTS: undefended}
         self.ends: dict[str, Tensor] = {}
         self.rows: list[dict[str, object]] = []
@@ -119,7 +120,7 @@ class AttackSequence:
         self.after_transfer = torch.zeros_like(labels, dtype=torch.bool)
         self.done = 0.0
         self.on_attack: Callable[[list[dict[str, object]]], None] = lambda _: None
-        self.part: Progress = lambda fraction: self.report(0.1 * fraction)
+        self.part = part(self.report, 0, 0.1)
 
     def run(self, substitute: nn.Module | None) -> None:
         """Run every attack, each on the images that are left."""
@@ -302,7 +303,7 @@ class AttackSequence:
         attacked, half = [], max(0.0, until - self.done) / 2
         for side in (self.undefended, self.defended):
             start = self.done
-            self.part = lambda fraction, start=start: self.report(start + half * fraction)  # type: ignore[misc]
+            self.part = part(self.report, start, start + half)
             images, rows = self.images.clone(), side.correct.nonzero()[:, 0]
             if len(rows):
                 images[rows] = fit(attack(side, rows), self.images[rows], self.effort.budget)
@@ -313,12 +314,8 @@ class AttackSequence:
     def _judge(self, name: str, *attacked: Tensor) -> None:
         """Judge the images (N, C, H, W) attacked for each side, and add the table row."""
         for side, images in zip((self.undefended, self.defended), attacked, strict=True):
-            correct = (
-                torch.ones_like(self.labels, dtype=torch.bool)
-                if name == AttackRow.CLEAN
-                else side.correct.clone()
-            )
             # An image that an earlier attack fooled stays fooled: the row is the worst case so far.
+            correct = side.correct.clone()
             rows = correct.nonzero()[:, 0]
             if len(rows):
                 fitted = fit(images[rows], self.images[rows], self.effort.budget)
