@@ -64,16 +64,6 @@ def _mean(images: Tensor, region: Tensor) -> Tensor:
     return mean.expand_as(images)
 
 
-def _zero(images: Tensor, region: Tensor) -> Tensor:
-    del region
-    return torch.zeros_like(images)
-
-
-def _blur(images: Tensor, region: Tensor) -> Tensor:
-    del region
-    return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-
-
 def _inpaint(images: Tensor, region: Tensor) -> Tensor:
     import cv2
 
@@ -105,8 +95,8 @@ def _straight_through(images: Tensor, filled: Tensor) -> Tensor:
 
 FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,
-    "zero": _zero,
-    "blur": _blur,
+    "zero": lambda images, _: torch.zeros_like(images),
+    "blur": lambda images, _: F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1),
     "inpaint": _inpaint,
     "svd": _svd,
 }

@@ -127,16 +127,13 @@ def unfinished(table: pd.DataFrame) -> Verdict:
         table: the rows of the attacks that had finished.
     """
     last = table.iloc[-1]
+    after = "the clean images" if last["attack"] == AttackRow.CLEAN else last["attack"]
     return Verdict(
         "cannot be judged",
-        f"Cannot be judged: the evaluation was interrupted after {_after(str(last['attack']))}. Accuracy so far is "
+        f"Cannot be judged: the evaluation was interrupted after {after}. Accuracy so far is "
         f"{_accuracy(last, 'defended')} with the defense and {_accuracy(last, UNDEFENDED)} without it "
         f"({counted(int(last['images']))}).",
     )
-
-
-def _after(attack: str) -> str:
-    return "the clean images" if attack == AttackRow.CLEAN else attack
 
 
 def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
