@@ -92,12 +92,11 @@ def _drawn(
     classifier: Classifier, layer: Layer | None, images: Tensor, classes: Tensor, alignment: str
 ) -> Tensor:
     """(N, M, H, W) evidence at the layer, drawn over the images; gradient times image without a layer."""
+    batches = _batches(classifier, images, classes)
     if layer is None:
-        batches = _batches(classifier, images, classes)
         return torch.cat([(_gradients(classifier, x, wanted) * x[:, None]).sum(2) for x, wanted in batches])
     grid = _grid(classifier, images[:1], layer, alignment)
     size = (images.shape[2], images.shape[3])
-    batches = _batches(classifier, images, classes)
     return torch.cat([place(_evidence(classifier, layer, x, wanted), size, grid) for x, wanted in batches])
 
 

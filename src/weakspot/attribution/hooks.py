@@ -1,7 +1,7 @@
 """Reading and replacing the maps of many layers in one forward pass, each as it appears."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass, replace
 
 import torch
@@ -137,15 +137,14 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
         yield
 
 
-@contextmanager
-def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]) -> Iterator[None]:
+def fused_for(
+    classifier: Classifier, image: Tensor, places: Mapping[str, Place]
+) -> AbstractContextManager[None]:
     """The classifier in its fused form, unless that would change the maps of one of the places."""
-    with ExitStack() as stack:
-        # Folding puts batch norm into the convolution before it, which then returns other maps.
-        makers = {place.maker for place in places.values()}
-        if makers.isdisjoint(folded_convolutions(classifier, image)):
-            stack.enter_context(fused(classifier, image))
-        yield
+    # Folding puts batch norm into the convolution before it, which then returns other maps.
+    makers = {place.maker for place in places.values()}
+    unchanged = makers.isdisjoint(folded_convolutions(classifier, image))
+    return fused(classifier, image) if unchanged else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -137,9 +136,11 @@ class Engine:
                 at_once = self._whole_at_once(number)
                 if within and count > at_once:
                     # The rest of the steps, from this one on, for a part of the edits at a time.
+                    size = evenly(count, at_once)
+                    slices = [slice(start, start + size) for start in range(0, count, size)]
                     parts = [
                         self._run(number, _selected(values, rows), owners[rows], windows=windows)
-                        for rows in _slices(count, at_once)
+                        for rows in slices
                     ]
                     return torch.cat(parts)
                 # From here on whole maps: the windows are pasted into the unedited ones.
@@ -167,11 +168,6 @@ def _selected(values: Values, rows: slice) -> Values:
 def evenly(count: int, size: int) -> int:
     """The size of equal parts of at most `size`: a small last part costs almost as much as a full one."""
     return -(-count // -(-count // size))
-
-
-def _slices(count: int, size: int) -> Sequence[slice]:
-    size = evenly(count, size)
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 @dataclass(frozen=True)

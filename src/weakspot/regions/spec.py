@@ -44,7 +44,7 @@ class RegionKind:
 
 # The names that --region and plans take; their help and `weakspot attack --list` are written from this table.
 REGIONS = {
-    "none": RegionKind(lambda term, _: term.everywhere(), "anywhere"),
+    "none": RegionKind(lambda term, _: torch.ones_like(term.images[:, :1], dtype=torch.bool), "anywhere"),
     "cam": RegionKind(
         lambda term, _: cam(term.model, term.images, term.labels, fraction=term.fraction),
         "the --fraction of the image with the most evidence for the label",
@@ -229,9 +229,6 @@ class _Maker:
             remedy = f"or {forms}, a mask picture, or these with ~, &, | and matched:"
             raise ValueError(unknown_choice("region", self.text, REGIONS, remedy=remedy))
         return self.from_file(word)
-
-    def everywhere(self) -> Tensor:
-        return torch.ones_like(self.images[:, :1], dtype=torch.bool)
 
     def border(self, width: str) -> Tensor:
         return border(
