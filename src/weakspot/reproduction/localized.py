@@ -39,9 +39,8 @@ BACKGROUND = (
     "background of an image"
 )
 TRAINING = (
-    "By including locally adversarial images in the training set, we are able to create a classifier that "
-    "suffers less loss than "
-    "a non-adversarially trained counterpart model on both natural and adversarial inputs"
+    "By including locally adversarial images in the training set, we are able to create a classifier that suffers less "
+    "loss than a non-adversarially trained counterpart model on both natural and adversarial inputs"
 )
 METHOD = (
     "The background is found by a threshold (gray images) or by GrabCut (color images). For the first claim, "
@@ -112,9 +111,8 @@ class Localized:
         rate, low, high = proportion_interval(own)
         difference = Difference.of(own, control)
         measured = (
-            f"Attacks that change the background alone ({percent(float(area.mean()))} of the image on average) "
-            f"fool the network on "
-            f"{percent(rate)} [{percent(low)}, {percent(high)}] of the images."
+            f"Attacks that change the background alone ({percent(float(area.mean()))} of the image on average) fool "
+            f"the network on {percent(rate)} [{percent(low)}, {percent(high)}] of the images."
         )
         sentence = f"On as many pixels drawn at random over the whole image: {difference}."
         outcome = CONFIRMED if low >= SENSITIVE else NOT_CONFIRMED
@@ -223,8 +221,7 @@ class Localized:
             f"everywhere {_points(everywhere)} ({images} test images, {counted(self._seeds, 'network')} each)."
         )
         rows = [
-            f"{recipe}: {percent(_rate(matrix, recipe, 'clean'))} clean, "
-            f"{percent(_rate(matrix, recipe, 'localized'))} "
+            f"{recipe}: {percent(_rate(matrix, recipe, 'clean'))} clean, {percent(_rate(matrix, recipe, 'localized'))} "
             f"attacked in the background, {percent(_rate(matrix, recipe, 'full'))} everywhere"
             for recipe in self._recipes
         ]

@@ -26,14 +26,10 @@ from weakspot.statistics.number_format import counted, number, percent, points, 
 
 TITLE = "Understanding the One-Pixel Attack: Propagation Maps and Locality Analysis"
 CITATION = "Vargas and Su, arXiv 1902.02947"
-REACHES = (
-    "even in extremely deep networks such as Resnet, modification in one pixel easily propagates until the last "
-    "layer"
-)
+REACHES = "even in extremely deep networks such as Resnet, modification in one pixel easily propagates until the last layer"
 GLOBAL = (
-    "this initial local perturbation is also shown to spread becoming a global one and reaching absolute "
-    "difference values that "
-    "are close to the maximum value of the original feature maps in a given layer"
+    "this initial local perturbation is also shown to spread becoming a global one and reaching absolute difference "
+    "values that are close to the maximum value of the original feature maps in a given layer"
 )
 NEIGHBORS = "nearby pixels of the perturbed one in the one-pixel attack tend to share the same vulnerability"
 METHOD = (
@@ -122,9 +118,8 @@ class OnePixel:
         rows = self._last()
         own = rows["successes"]
         measured = (
-            f"In the last layer ({self.study.layers[-1]}), successful one-pixel attacks change "
-            f"{_rate(own, 'spread')} of the sites by more "
-            f"than a tenth of the layer's peak; the largest change is {_times(own)} the peak "
+            f"In the last layer ({self.study.layers[-1]}), successful one-pixel attacks change {_rate(own, 'spread')} "
+            f"of the sites by more than a tenth of the layer's peak; the largest change is {_times(own)} the peak "
             f"({counted(int(own['images']))})."
         )
         unlearned = self.unlearned
@@ -210,9 +205,8 @@ class OnePixel:
         rows = self._last()
         own = rows["successes"]
         measured = (
-            f"In the last layer, {_rate(own, 'spread')} of the sites change by more than a tenth of the layer's "
-            f"peak, and the largest "
-            f"change is {_times(own)} that peak."
+            f"In the last layer, {_rate(own, 'spread')} of the sites change by more than a tenth of the layer's peak, "
+            f"and the largest change is {_times(own)} that peak."
         )
         wide, close = own["spread_low"] >= WIDE, own["reach_low"] >= CLOSE
         learned = self._learned(rows)

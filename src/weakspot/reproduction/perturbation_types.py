@@ -27,32 +27,27 @@ from weakspot.statistics.number_format import counted, number, p_value, percent
 TITLE = "Interpreting Adversarial Examples by Activation Promotion and Suppression"
 CITATION = "Xu, Liu, et al., arXiv 1904.02057"
 TYPES = (
-    "adversaries have a promotion-suppression effect (PSE) on neurons' activations and can be primarily "
-    "categorized into three "
-    "types: i) suppression-dominated perturbations [...], ii) promotion-dominated perturbations [...], and iii) "
-    "balanced "
-    "perturbations"
+    "adversaries have a promotion-suppression effect (PSE) on neurons' activations and can be primarily categorized "
+    "into three types: i) suppression-dominated perturbations [...], ii) promotion-dominated perturbations [...], and "
+    "iii) balanced perturbations"
 )
 CAM = (
-    "This links PSE of pixel-level perturbations to class-specific discriminative image regions localized by "
-    "class activation "
-    "mapping"
+    "This links PSE of pixel-level perturbations to class-specific discriminative image regions localized by class "
+    "activation mapping"
 )
 UNITS = (
-    "there exists a tight connection between the units' sensitivity to adversarial attacks and their "
-    "interpretability on "
-    "semantic concepts"
+    "there exists a tight connection between the units' sensitivity to adversarial attacks and their interpretability "
+    "on semantic concepts"
 )
 METHOD = (
     "Every image is attacked by untargeted PGD under L2, and successful attacks are kept. A perturbation is "
-    "promotion-dominated if it raises the logit of the class it reaches by more than twice as much as it lowers "
-    "the logit of the label, suppression-dominated if the other way round, and balanced otherwise. For the "
-    "second claim, the fraction of a perturbation's length in the 30% of the image with the largest class "
-    "activation of the label is compared with the class activations of the other images. For the third, the "
-    "units of the last layer of maps are ranked by how much the attack moves their mean activation, relative to "
-    "its spread over images, and by how well they detect a drawn concept (IoU), at equal mean activation. Noise "
-    "of the same size takes the place of the attack as its control, and the network with permuted weights that "
-    "of the network for the second claim."
+    "promotion-dominated if it raises the logit of the class it reaches by more than twice as much as it lowers the "
+    "logit of the label, suppression-dominated if the other way round, and balanced otherwise. For the second claim, "
+    "the fraction of a perturbation's length in the 30% of the image with the largest class activation of the label is "
+    "compared with the class activations of the other images. For the third, the units of the last layer of maps are "
+    "ranked by how much the attack moves their mean activation, relative to its spread over images, and by how well "
+    "they detect a drawn concept (IoU), at equal mean activation. Noise of the same size takes the place of the attack "
+    "as its control, and the network with permuted weights that of the network for the second claim."
 )
 LIMITS = (
     "The paper attacks ImageNet networks with a target, by four attacks; this is one attack without a target, "
@@ -148,9 +143,8 @@ class Promotion:
         mean, low, high = mean_interval(difference, self.material.seed)
         p = mean_test(difference, self.material.seed)
         measured = (
-            f"{percent(float(own.mean()))} of a perturbation's length lies in the 30% of the image with the "
-            f"largest class activation of "
-            f"the label ({counted(count)})."
+            f"{percent(float(own.mean()))} of a perturbation's length lies in the 30% of the image with the largest "
+            f"class activation of the label ({counted(count)})."
         )
         # Lengths go by the square root of areas: an even perturbation has sqrt(.3) of its length in 30% of the image.
         generic = float(null.mean()) - 0.3**0.5

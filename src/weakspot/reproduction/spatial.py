@@ -38,13 +38,12 @@ CITATION = "Chattopadhyay, Yip, Tan and Chattopadhyay, arXiv 2011.10794"
 FRACTION = 0.2  # of the image in each region
 METHOD = (
     "Every image is attacked by PGD. Its region of importance is the 20% of the image with the largest class "
-    "activation of its label; its region of attack is the 20% where the attack takes most of the margin, by "
-    "integrated gradients along the straight path from the clean to the attacked image. The first claim "
-    "compares how much of an attack's effect falls on the region of importance of its own image and on those of "
-    "the other images. The second keeps only the part of the perturbation inside a region, or covers a region "
-    "of the clean image, and does the same with the region of another image. The third covers, in the attacked "
-    "image, what looks vulnerable and is not important there, and then lets an attacker who knows this defense "
-    "attack it."
+    "activation of its label; its region of attack is the 20% where the attack takes most of the margin, by integrated "
+    "gradients along the straight path from the clean to the attacked image. The first claim compares how much of an "
+    "attack's effect falls on the region of importance of its own image and on those of the other images. The second "
+    "keeps only the part of the perturbation inside a region, or covers a region of the clean image, and does the same "
+    "with the region of another image. The third covers, in the attacked image, what looks vulnerable and is not "
+    "important there, and then lets an attacker who knows this defense attack it."
 )
 LIMITS = (
     "The abstract defines no formula for the regions, so these are ours. A region of attack is made of one "
@@ -118,16 +117,14 @@ class Spatial:
             )
         interval = "" if np.isnan(low) else f" [{percent(low)}, {percent(high)}]"
         measured = (
-            f"{percent(test.value)}{interval} of an attack's effect falls on the {percent(FRACTION)} of the image "
-            f"that matters "
-            f"most to the network, on average over {test.images} images."
+            f"{percent(test.value)}{interval} of an attack's effect falls on the {percent(FRACTION)} of the image that "
+            f"matters most to the network, on average over {test.images} images."
         )
         shifted = float(self.overlap.scores["effect_in_roi_shift_null"].mean())
         control = (
             f"With the importance maps of other images it is {percent(test.null)} ({p_value(test.p)}, permutation "
-            f"test); shifted "
-            f"within the same image, {percent(shifted)}, which is no null because attacks and importance may "
-            f"both favor the middle."
+            f"test); shifted within the same image, {percent(shifted)}, which is no null because attacks and "
+            "importance may both favor the middle."
         )
         table = (
             Measurement("effect on the own region of importance", test.value, low, high, test.images),
@@ -181,11 +178,9 @@ class Spatial:
         attack = Difference.of(fools_alone(roa), fools_alone(material.others(roa)))
         evidence = Difference.of(hides(roi), hides(material.others(roi)))
         measured = (
-            f"How often the perturbation alone inside the region of attack ({percent(FRACTION)} of the image) "
-            f"fools the network, "
-            f"and inside another image's: {attack}. How often covering the region of importance changes the class "
-            f"of the clean "
-            f"image, and covering another image's: {evidence}."
+            f"How often the perturbation alone inside the region of attack ({percent(FRACTION)} of the image) fools "
+            f"the network, and inside another image's: {attack}. How often covering the region of importance changes "
+            f"the class of the clean image, and covering another image's: {evidence}."
         )
         table = (
             *attack.table("fools, own region of attack", "fools, other image's region"),
