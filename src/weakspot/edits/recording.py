@@ -89,9 +89,6 @@ class _Recorder(DispatchMode):
         return result
 
     def _note(self, func: OpOverload, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
-        # What `item`, `torch.equal` and conditions in Python call.
-        if name in {"_local_scalar_dense", "equal", "is_nonzero"}:
-            raise CannotRecordError("it decides by the values of an image")
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)
