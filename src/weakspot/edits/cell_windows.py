@@ -96,11 +96,11 @@ def exchanged(
         edits: of one image.
         other: (1, C, H, W) to take from.
         batches: the groups.
-        chosen: (G,) bool, those to try; rows of others are NaN. All if None.
+        chosen: (G,) bool, those to try, at least one; rows of others are NaN. All if None.
     """
     image = edits.images
-    count = int(max(int(batch.numbers.max()) for batch in batches)) + 1
-    rows: Tensor | None = None
+    count = max(int(batch.numbers.max()) for batch in batches) + 1
+    numbers, computed = [], []
     for batch in batches:
         wanted = torch.ones_like(batch.numbers, dtype=torch.bool) if chosen is None else chosen[batch.numbers]
         if not bool(wanted.any()):
@@ -110,12 +110,11 @@ def exchanged(
         patches = torch.where(
             inside, _cut(other, tops, lefts, tall, wide), _cut(image, tops, lefts, tall, wide)
         )
-        logits = edits.logits(torch.zeros_like(tops), tops, lefts, patches)
-        if rows is None:
-            rows = torch.full((count, logits.shape[1]), torch.nan, device=logits.device, dtype=logits.dtype)
-        rows[batch.numbers[wanted]] = logits
-    if rows is None:
-        raise ValueError("chosen must name at least one group, got none")
+        computed.append(edits.logits(torch.zeros_like(tops), tops, lefts, patches))
+        numbers.append(batch.numbers[wanted])
+    logits = torch.cat(computed)
+    rows = logits.new_full((count, logits.shape[1]), torch.nan)
+    rows[torch.cat(numbers)] = logits
     return rows
 
 
