@@ -10,13 +10,14 @@ al. 2016, arXiv 1701.04128), measured from gradients, is the better place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
+from torch.utils import _pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from weakspot._state import DispatchMode
@@ -179,7 +180,8 @@ class _Grids(DispatchMode):
         # Max pooling and batch norm return several tensors, of which the map is the first.
         made = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(made, Tensor) and made.ndim == 4:
-            sources = [tensor for tensor in _tensors(args) if tensor in self.known]
+            leaves = [leaf for leaf in _pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+            sources = [tensor for tensor in leaves if tensor in self.known]
             if sources:
                 grid = self._after(func.overloadpacket.__name__, args, sources, made)
                 if grid is not None:
@@ -223,14 +225,6 @@ def _mean(grids: list[Grid]) -> Grid | None:
         Axis(sum(rows.offset for rows, _ in grids) / count, down, max(rows.reach for rows, _ in grids)),
         Axis(sum(columns.offset for _, columns in grids) / count, across, max(c.reach for _, c in grids)),
     )
-
-
-def _tensors(args: Arguments) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, tuple | list):
-            yield from _tensors(tuple(arg))
 
 
 Window = tuple[int, int, int, int]  # kernel, stride, padding, dilation
