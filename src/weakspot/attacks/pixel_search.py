@@ -103,10 +103,7 @@ def follow_gradient(
         if not len(active):
             break
         images, margins = _next_pixel(
-            problem.select(active),
-            adversarial[active],
-            limit,
-            part(progress, pixel, pixel + 1, count),
+            problem.select(active), adversarial[active], limit, part(progress, pixel, pixel + 1, count)
         )
         better = margins < lowest[active]
         adversarial[active[better]], lowest[active[better]] = images[better], margins[better]

@@ -280,11 +280,7 @@ class AttackSequence:
             with problem.fused_model():
                 for restart in range(self.restarts):
                     start = random_start(problem, STREAMS * stream + restart)
-                    search.run(
-                        start,
-                        self.sizes,
-                        part(self.part, restart, restart + 1, self.restarts),
-                    )
+                    search.run(start, self.sizes, part(self.part, restart, restart + 1, self.restarts))
             return search.best
 
     def _ensemble(self, side: Side, rows: Tensor) -> Tensor:
