@@ -198,9 +198,9 @@ def test_each_images_weight_is_raised_tenfold_until_it_fools_and_lowered_tenfold
     needed, tried = torch.tensor([0.3, 2.0, 30.0, 1e9]), []
     with attack_context(model, images, torch.zeros(4, dtype=torch.long)) as problem:
 
-        def descend(weights: Tensor, record: Callable[[Tensor, Tensor], None], progress: object) -> None:
+        def descend(best: BestSoFar, weights: Tensor, progress: object) -> None:
             tried.append(weights.tolist())
-            record(problem.clean, needed - weights - 1e-6)
+            best.record(problem.clean, needed - weights - 1e-6)
 
         BestSoFar(problem, squared, confidence=0.0).search(descend, None)
     assert torch.tensor(tried).T.tolist() == [

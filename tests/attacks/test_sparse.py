@@ -12,7 +12,7 @@ from tests.attacks.test_few_pixels import Leaning, convolutional, random_images
 from tests.attacks.test_gradient import margins_of, predicted, region_of
 from tests.networks import untouched
 from weakspot.attacks import carlini_wagner, ead, strattack
-from weakspot.attacks.group_sparse import group_lengths
+from weakspot.attacks.tradeoff import group_lengths
 
 
 def peaked(shape: tuple[int, ...], lead: float) -> Leaning:
