@@ -13,7 +13,7 @@ from weakspot.explorer.desk import Desk
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, a computation in the background must not be answered by how far it is."""
-    monkeypatch.setattr("weakspot.explorer.background.PATIENCE", 60)
+    monkeypatch.setattr("weakspot.explorer.run_findings.PATIENCE", 60)
 
 
 @pytest.fixture

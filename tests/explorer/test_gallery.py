@@ -19,10 +19,9 @@ from tests.audit.fixtures import Audited, audited, networks, pictures, small_pla
 from weakspot.audit import AttackPlan, Run, open_run
 from weakspot.audit.findings.distributions import BINS
 from weakspot.audit.store.digests import DamagedError
-from weakspot.explorer.background import Later
 from weakspot.explorer.gallery import MAX_PAGE, Gallery
-from weakspot.explorer.query_box import ROWS
-from weakspot.explorer.record_table import RecordTable
+from weakspot.explorer.record_table import ROWS, RecordTable
+from weakspot.explorer.run_findings import Later
 
 __all__ = ["audited", "networks", "pictures"]  # fixtures
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.gallery_run import synthetic_run
 from tests.audit.fixtures import NETWORKS, audit_pictures
 from weakspot.audit import open_run
-from weakspot.explorer import query_box
+from weakspot.explorer import record_table
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.gallery import Gallery
 from weakspot.explorer.gallery_desk import RecordDesk, answered
@@ -107,7 +107,7 @@ WORDS = (
 def test_any_words_of_sql_change_nothing(
     gallery: Gallery, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(query_box, "SECONDS", 1.0)
+    monkeypatch.setattr(record_table, "TYPED_SECONDS", 1.0)
     asked(gallery, "sql", {"query": query})
     is_well(gallery)
 
@@ -154,7 +154,7 @@ def test_sql_that_is_more_than_a_question_is_refused(gallery: Gallery, folder: P
     ],
 )
 def test_sql_without_end_ends(gallery: Gallery, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_box, "SECONDS", 0.5)
+    monkeypatch.setattr(record_table, "TYPED_SECONDS", 0.5)
     assert "error" in asked(gallery, "sql", {"query": query})  # of the time, or of the memory
     is_well(gallery)
 

@@ -18,7 +18,6 @@ from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.classifier import Classifier
-from weakspot.explorer.query_box import QueryBox
 from weakspot.explorer.record_filters import (
     MAX_TEXT,
     NUMBER,
@@ -31,7 +30,7 @@ from weakspot.explorer.record_filters import (
     read_order,
 )
 from weakspot.explorer.record_pictures import KINDS, OpenedRecord, Place, RecordPictures
-from weakspot.explorer.record_table import CHANGE, SUFFIX, RecordTable, whole
+from weakspot.explorer.record_table import CHANGE, SUFFIX, QueryBox, RecordTable, whole
 from weakspot.explorer.run_findings import RunComparison, WeakRegions
 
 Reply = dict[str, object]
@@ -195,7 +194,6 @@ class Gallery:
         counts = self._table.rows(
             'select count(*) as records, count(distinct "index") as images from gallery'
         )
-        scores = [name for name in score_names(run, HISTOGRAMS, booleans=False) if name in columns]
         return {
             "name": run.name,
             "status": run.info.status,
@@ -207,10 +205,7 @@ class Gallery:
             "model": None if run.info.model is None else run.info.model.name,
             **counts[0],
             "columns": [{"name": column.name, "kind": column.kind} for column in columns.values()],
-            "scores": [
-                *(name for name in HISTOGRAMS if name in scores),
-                *(s for s in scores if s not in HISTOGRAMS),
-            ],
+            "scores": [name for name in score_names(run, HISTOGRAMS, booleans=False) if name in columns],
             "values": [name for name in LEADING if name in columns],
             "bins": BINS,
             "pictures": [*self._pictures.kinds, *(f"{kind}{SUFFIX}" for kind in self._after_kinds())],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,11 @@ from weakspot._io.urls import is_url
 from weakspot.audit.execution.opened_images import open_entries
 from weakspot.audit.page.thumbnails import encoded, pixels_of
 from weakspot.audit.plan.image_list import entries
-from weakspot.audit.store.chunk_files import ChunkFiles
 from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.maps import CLEAN, MAPS
 from weakspot.audit.store.records import LISTING
 from weakspot.audit.store.run import Run
-from weakspot.audit.store.stored_maps import StoredMap, StoredMaps
+from weakspot.audit.store.stored_maps import ChunkFiles, StoredMap, StoredMaps
 from weakspot.classifier import Classifier
 
 ADVERSARIAL, CHANGE = "adversarial", "change"
@@ -86,7 +85,7 @@ class RecordPictures:
         self._stored = StoredMaps(path)
         self._maps: dict[str, StoredMap] | None = None
         self._files: dict[str, ChunkFiles | None] = {}
-        self._small: OrderedDict[tuple[str, Key], str] = OrderedDict()
+        self._drawn = lru_cache(REMEMBERED)(self._draw)
         self._lock = threading.Lock()
 
     @property
@@ -102,27 +101,14 @@ class RecordPictures:
             ValueError: if there is none.
             DamagedError: if it differs from what was written.
         """
-        url = self._remembered(kind, place)
-        if url is None:
-            sources = (CLEAN, ADVERSARIAL) if kind == CHANGE else (kind,)
-            levels = [self._levels(source, place) for source in sources]
-            pixels = pixels_of(_magnified(*levels) if kind == CHANGE else levels[0])
-            url = encoded(pixels, pixels)
-            self._remember(kind, place, url)
-        return url
+        # All attacks and regions of an image have its clean picture in common.
+        return self._drawn(kind, Place(place.image, 0, 0) if kind == CLEAN else place)
 
-    def _remembered(self, kind: str, place: Place) -> str | None:
-        with self._lock:
-            key = _key(kind, place)
-            if (kind, key) in self._small:
-                self._small.move_to_end((kind, key))
-            return self._small.get((kind, key))
-
-    def _remember(self, kind: str, place: Place, url: str) -> None:
-        with self._lock:
-            self._small[kind, _key(kind, place)] = url
-            while len(self._small) > REMEMBERED:
-                self._small.popitem(last=False)
+    def _draw(self, kind: str, place: Place) -> str:
+        sources = (CLEAN, ADVERSARIAL) if kind == CHANGE else (kind,)
+        levels = [self._levels(source, place) for source in sources]
+        pixels = pixels_of(_magnified(*levels) if kind == CHANGE else levels[0])
+        return encoded(pixels, pixels)
 
     def stored(self, kind: str, place: Place) -> Tensor | None:
         """The picture (C, H, W) as floats, its shard compared with its digest; None if there is none."""

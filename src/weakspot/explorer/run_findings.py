@@ -1,26 +1,91 @@
-"""What the records say as a whole: weak regions of classes, and what changed between two runs."""
+"""What the records say as a whole: weak regions of classes, and what changed between two runs.
+
+Both are long computations in the background, which the page asks for until they are done.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import pandas as pd
 
 from weakspot.audit.findings.class_contrasts import ClassContrasts, class_contrasts
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.store.run import Run
-from weakspot.explorer.background import Later
 from weakspot.explorer.record_table import CHANGE, RecordTable, plain
 
+T = TypeVar("T")
 Reply = dict[str, object]
 
+PATIENCE = 0.5  # seconds that a request waits for the result
 MAX_ROWS = 100  # of a table
 CHOOSING = (
     ("label_name", "name"),
     ("attack", "attack"),
     ("region", "region"),
 )  # filters, and columns they choose by
+
+
+class Later(Generic[T]):
+    """A result that is computed once, from the first request on, in a thread of its own.
+
+    Args:
+        compute: takes a function that it calls with the fraction that is done.
+        turn: a lock that computations share which must not run at once.
+    """
+
+    def __init__(
+        self, compute: Callable[[Callable[[float], None]], T], turn: threading.Lock | None = None
+    ) -> None:
+        self._compute, self._turn = compute, turn or threading.Lock()
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._value: T | None = None
+        self._error: Exception | None = None
+        self._closed = False
+        self.fraction = 0.0
+
+    def result(self) -> T | None:
+        """The result, or None if it takes longer than `PATIENCE`.
+
+        Raises:
+            Exception: that the computation raised, at every request.
+        """
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="weakspot-gallery", daemon=True)
+                self._thread.start()
+        self._done.wait(PATIENCE)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def close(self) -> None:
+        """End the computation at its next step."""
+        self._closed = True
+
+    def join(self, seconds: float) -> None:
+        """Wait so long for its end."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            with self._turn:
+                # It may have been closed while it waited for its turn.
+                self._watch(0.0)
+                self._value = self._compute(self._watch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the one who asks gets it
+            self._error = error
+        finally:
+            self._done.set()
+
+    def _watch(self, fraction: float) -> None:
+        if self._closed:
+            raise RuntimeError("the gallery has been closed")
+        self.fraction = fraction
 
 
 class WeakRegions:

@@ -15,7 +15,6 @@ export function table(columns, rows) {
 export async function whole(ask, name, body, place) {
   for (;;) {
     const reply = await ask(name, body);
-    if (reply.error) throw new Error(reply.error);
     if (!("working" in reply)) return reply;
     place.replaceChildren(make("p", { role: "status" }, "Comparing the records… ", make("progress", { max: 1, value: reply.working || null, "aria-label": "done" })));
     await new Promise((next) => setTimeout(next, POLL));
@@ -83,7 +82,6 @@ export function queryBox(ask) {
     run.disabled = true;
     try {
       const reply = await ask("sql", { query: text.value });
-      if (reply.error) throw new Error(reply.error);
       const rows = reply.rows.map((row) => row.map((value) => (value === null ? "null" : typeof value === "number" && !Number.isInteger(value) ? short(value) : String(value))));
       place.replaceChildren(make("p", { class: "note" }, reply.more ? `The first ${rows.length} rows.` : counted(rows.length, "row")), table(reply.columns, rows));
     } catch (error) {
