@@ -15,7 +15,6 @@ from weakspot.explorer.messages import Message
 from weakspot.explorer.worker import Task
 from weakspot.report.bundle import bundled, drawing_modules
 
-STYLES = ("drawing.css", "bench.css")
 JOBS = 16  # of all views of a widget at once
 
 
@@ -121,18 +120,12 @@ def _widget_class():  # type: ignore[no-untyped-def]  # anywidget and traitlets 
     import traitlets
 
     static = files("weakspot.explorer").joinpath("static")
-    folders = (static, drawing_modules())
-    texts = [
-        next(folder.joinpath(name) for folder in folders if folder.joinpath(name).is_file()).read_text(
-            "utf-8"
-        )
-        for name in STYLES
-    ]
+    styles = (drawing_modules().joinpath("drawing.css"), static.joinpath("bench.css"))
 
     class BenchWidget(anywidget.AnyWidget):  # type: ignore[misc]
         """The bench as a widget."""
 
         _esm = bundled("notebook.js", [static])
-        style = traitlets.Unicode("\n".join(texts)).tag(sync=True)
+        style = traitlets.Unicode("\n".join(file.read_text("utf-8") for file in styles)).tag(sync=True)
 
     return BenchWidget

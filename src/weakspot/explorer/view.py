@@ -140,18 +140,20 @@ def explore(
             `weakspot[notebook]` in a notebook.
     """
     check_count("port", port, least=0)
-    if in_notebook():
+    notebook = in_notebook()
+    if notebook:
         require("weakspot.explore in a notebook", "anywidget", extra="notebook")
-        from weakspot.explorer.desk import Desk
-        from weakspot.explorer.notebook_view import bench_widget
-
-        desk = Desk(fill_bench(model, images, labels=labels, names=names))
-        return NotebookView("", desk.bench, desk, bench_widget(desk))
-    require("weakspot.explore", "starlette", "uvicorn", "websockets", extra="explore")
+    else:
+        require("weakspot.explore", "starlette", "uvicorn", "websockets", extra="explore")
     from weakspot.explorer.desk import Desk
-    from weakspot.explorer.service import Service, has_display
 
     desk = Desk(fill_bench(model, images, labels=labels, names=names))
+    if notebook:
+        from weakspot.explorer.notebook_view import bench_widget
+
+        return NotebookView("", desk.bench, desk, bench_widget(desk))
+    from weakspot.explorer.service import Service, has_display
+
     service = Service.prepare(desk, port=port)
     service.start()
     view = ServedView(service.url, desk.bench, desk, service)
