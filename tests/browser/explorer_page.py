@@ -88,7 +88,7 @@ def forget_attacks(service: Service) -> None:
     def forget() -> None:
         desk.bench.brushed = None
         for exhibit in desk.bench.exhibits:
-            exhibit.masks = exhibit.pair = exhibit.control = exhibit.pair_logits = None
+            exhibit.pair = exhibit.control = exhibit.pair_logits = None
 
     desk.worker.long(forget).result.result(WAIT / 1000)
 

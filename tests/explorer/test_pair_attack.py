@@ -30,7 +30,7 @@ from weakspot.explorer.attack_progress import NORMS, Progress
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message, read_mask
-from weakspot.explorer.pair_sentences import SideOutcome, outcome_sentence
+from weakspot.explorer.pair_attack import SideOutcome, outcome_sentence
 from weakspot.explorer.place_masks import control_of
 
 
@@ -366,7 +366,6 @@ def test_a_mask_comes_back_bit_for_bit(desk: Desk, mode: str) -> None:
     events = Events(desk, "attack", {"image": 0, "mask": png(mask, mode), "options": {"steps": 1}})
     events.last()
     kept = desk.bench.exhibit(0).masks
-    assert kept is not None
     assert torch.equal(kept[0], mask)
     control = desk.ask("area", {"image": 0, "mask": png(mask)}).result(60)["control"]
     assert picture_of(control).mode == "1"

@@ -19,9 +19,9 @@ from weakspot.defenses import mask_units
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message, read_mask
+from weakspot.explorer.pair_explanations import read_concepts
+from weakspot.explorer.place_edits import Erased, comparable_place, undo_sentence
 from weakspot.explorer.place_masks import MASKS
-from weakspot.explorer.place_undo import Erased, comparable_place, undo_sentence
-from weakspot.explorer.unit_concepts import read_concepts
 from weakspot.logits import margin
 from weakspot.regions import read_region
 

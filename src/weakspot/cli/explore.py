@@ -103,7 +103,7 @@ def explore(
     with open_session(context, network, output, Path(), ()) as session:
         from weakspot.explorer.bench import Bench, Origin
         from weakspot.explorer.desk import Desk
-        from weakspot.explorer.unit_concepts import read_concepts
+        from weakspot.explorer.pair_explanations import read_concepts
 
         read = session.read_images(sources, samples=samples)
         aim = find_labels(labels, session.classifier, read)

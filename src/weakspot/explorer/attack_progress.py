@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from weakspot.attacks.observers import AttackEndedError, Observation
-from weakspot.explorer.messages import Message, finite, picture_text
+from weakspot.explorer.messages import Message, Send, finite, picture_text
 from weakspot.explorer.worker import StopRequestedError
 
 SIDES = ("attack", "control")
 EVENT_EVERY, PICTURE_EVERY = 0.05, 0.25  # seconds
-Send = Callable[[Message], None]
 Pause = Callable[[], None]
 
 
@@ -94,7 +93,6 @@ class Progress:
             "event": "step",
             "side": SIDES[side],
             "step": self.steps[side],
-            "margin": finite(self.waiting[side][-1]),
             "margins": [finite(one) for one in self.waiting[side]],
             "best": finite(self.lowest[side]),
             "fraction": self.fraction,

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weakspot._checks import check_classes
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import LocalEdits
-from weakspot.explorer.messages import Message, RequestError, finite, picture_text, thumbnail_text
+from weakspot.explorer.messages import (
+    UPLOAD_BYTES,
+    Message,
+    Request,
+    RequestError,
+    decoded,
+    finite,
+    open_picture,
+    picture_text,
+    thumbnail_text,
+)
+from weakspot.images import fitted
 from weakspot.logits import margin
 from weakspot.pairs import AttackResult
 
@@ -50,7 +63,7 @@ class Exhibit:
         logits: (1, K) of the image as it is.
         path: as the user typed it; None for images from Python, samples and uploads.
         uploaded: whether a page sent it.
-        masks: (1, 1, H, W) bool, the region and its control of the last attack; the control may be missing.
+        masks: (1, 1, H, W) bool, the region of the last attack, and its control if there is one.
         pair: of the last attack.
         control: the same attack at the place of equal area.
         pair_logits: (1, K), or (2, K) with a control, of the adversarial images.
@@ -64,7 +77,7 @@ class Exhibit:
     logits: Tensor
     path: str | None = None
     uploaded: bool = False
-    masks: tuple[Tensor, Tensor | None] | None = None
+    masks: tuple[Tensor, ...] = ()
     pair: AttackResult | None = None
     control: AttackResult | None = None
     pair_logits: Tensor | None = None
@@ -80,6 +93,16 @@ class Exhibit:
     def label_tensor(self) -> Tensor:
         """(1,)."""
         return torch.tensor([self.label], device=self.pixels.device)
+
+    def attacked(self) -> AttackResult:
+        """The pair of the last attack.
+
+        Raises:
+            RequestError: if there is none.
+        """
+        if self.pair is None:
+            raise RequestError("there is no perturbation yet (attack the image first)")
+        return self.pair
 
 
 @dataclass(eq=False)
@@ -221,9 +244,6 @@ class Bench:
         return {
             "index": number,
             "name": exhibit.name,
-            "height": exhibit.size[0],
-            "width": exhibit.size[1],
-            "label": self.named(exhibit.label),
             "thumbnail": thumbnail_text(exhibit.pixels[0]),
         }
 
@@ -244,3 +264,21 @@ class Bench:
         chosen = next(candidate for candidate in candidates if candidate not in self._names)
         self._names.add(chosen)
         return chosen
+
+
+def upload(bench: Bench, request: Request) -> Message:
+    """Put a picture that a page sends on the bench, cropped and resized to what the model takes."""
+    # The name is that of a file in the commands that the page offers to copy.
+    name = re.sub(r"[^\w .()+-]", "_", request.text("name", "picture.png")).strip() or "picture.png"
+    opened = decoded(open_picture(request.content("file", UPLOAD_BYTES), "file"), "file")
+    channels, size = bench.classifier.channels, bench.classifier.input_size
+    if channels not in {1, 3}:
+        raise RequestError(f"the model takes images of {channels} channels, which no picture has")
+    try:
+        image = np.array(fitted(opened, size, channels), dtype=np.float32) / 255
+    except Exception:  # noqa: BLE001 - Pillow raises nearly anything on odd pictures
+        raise RequestError("file must be a picture that can be converted to colors") from None
+    pixels = torch.from_numpy(image)
+    pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    index = bench.add(pixels[None], [name], uploaded=True)
+    return {"image": index, "name": bench.exhibit(index).name}

@@ -6,28 +6,25 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from weakspot._checks import NotFiniteError, first_line
 from weakspot.attacks import available_attacks, find_attack
 from weakspot.budgets.parse import BUDGETS
 from weakspot.explanations.analysis import usual_analyses
-from weakspot.explorer.bench import Bench
-from weakspot.explorer.edit_probe import LARGEST, heat_map, probe
-from weakspot.explorer.layer_maps import list_layers, show_layer, show_unit
-from weakspot.explorer.links import copy_command
-from weakspot.explorer.mask_certificate import certify_mask, provable
-from weakspot.explorer.messages import PIXELS, UPLOAD_BYTES, Message, Request, RequestError
-from weakspot.explorer.pair_attack import Order, attack_pair, pair_message
-from weakspot.explorer.pair_panels import explain_pair
+from weakspot.explorer.attack_order import Order, copy_command
+from weakspot.explorer.bench import Bench, upload
+from weakspot.explorer.image_robustness import certify_mask, provable, search_spots
+from weakspot.explorer.messages import UPLOAD_BYTES, Message, Request, RequestError, Send
+from weakspot.explorer.pair_attack import attack_pair, pair_message
+from weakspot.explorer.pair_explanations import explain_pair, list_layers, show_layer, show_unit
+from weakspot.explorer.place_edits import heat_map, probe, undo_place
 from weakspot.explorer.place_masks import MASKS, measure_area, propose
-from weakspot.explorer.place_undo import undo_place
-from weakspot.explorer.spot_search import search_spots
-from weakspot.explorer.uploads import upload
 from weakspot.explorer.worker import StopRequestedError, Task, Worker, WorkerClosedError
 from weakspot.report.rendering import shared_colors
 
-Send = Callable[[Message], None]
-Ask = Callable[["Desk", Request], Message]
+Result = TypeVar("Result")
+Job = Callable[["Desk", Request, Send], Message]
 Subscription = Callable[["Desk", Request, Send], Task[object]]
 PREPARED = (1, 16, 8, 32, 4, 2)  # sides of probes for which the way of computing is decided in advance
 APART = 2  # threads for requests that need neither model nor bench
@@ -44,7 +41,7 @@ class Question:
         apart: whether it needs neither model nor bench, and is answered in a thread of its own.
     """
 
-    answer: Ask
+    answer: Callable[[Desk, Request], Message]
     short: bool = True
     apart: bool = False
 
@@ -70,28 +67,19 @@ class Desk:
         Returns:
             The answer, or a RequestError with one sentence.
         """
-        answer: Future[Message] = Future()
         try:
             request = Request(body)
             task = self._queue(name, request)
         except RequestError as error:
-            answer.set_exception(error)
-            return answer
+            return refused(error)
 
-        def finish(done: Future[object]) -> None:
-            if done.cancelled():
-                answer.set_exception(RequestError("the explorer has been closed", 503))
-            elif (error := done.exception()) is not None:
-                answer.set_exception(as_request_error(error))
-            else:
-                result = done.result()
-                # A probe that a later one of its page has overtaken has no result.
-                reply = result if isinstance(result, dict) else {"overtaken": True}
-                echoed = {"n": request.body["n"]} if isinstance(request.body.get("n"), int | float) else {}
-                answer.set_result({**reply, **echoed, "state": self.bench.state})
+        def reply(result: object) -> Message:
+            # A probe that a later one of its page has overtaken has no result.
+            message = result if isinstance(result, dict) else {"overtaken": True}
+            echoed = {"n": request.body["n"]} if isinstance(request.body.get("n"), int | float) else {}
+            return {**message, **echoed, "state": self.bench.state}
 
-        task.add_done_callback(finish)
-        return answer
+        return replied(task, reply)
 
     def _queue(self, name: str, request: Request) -> Future[object]:
         if name != "probe" and name not in self.questions:
@@ -140,8 +128,7 @@ class Desk:
             task = _subscription(name)(self, Request(body), send_on)
         except RequestError as error:
             # Reported in the same way as the error of a job that has begun.
-            task = Task[object](lambda: None)
-            task.result.set_exception(error)
+            task = Task(lambda: None, refused(error))
         task.result.add_done_callback(finish)
         return task
 
@@ -166,6 +153,29 @@ class Desk:
         return self.worker.close()
 
 
+def replied(task: Future[Result], reply: Callable[[Result], Message]) -> Future[Message]:
+    """What `reply` makes of the result of a task; if there is none, a RequestError with one sentence."""
+    answer: Future[Message] = Future()
+
+    def finish(done: Future[Result]) -> None:
+        if done.cancelled():
+            answer.set_exception(RequestError("the explorer has been closed", 503))
+        elif (error := done.exception()) is not None:
+            answer.set_exception(as_request_error(error))
+        else:
+            answer.set_result(reply(done.result()))
+
+    task.add_done_callback(finish)
+    return answer
+
+
+def refused(error: RequestError) -> Future[Any]:
+    """The answer to a request that is not begun."""
+    answer: Future[Any] = Future()
+    answer.set_exception(error)
+    return answer
+
+
 def as_request_error(error: BaseException) -> RequestError:
     """Any error as one sentence without a traceback or a path.
 
@@ -188,24 +198,15 @@ def _hello(desk: Desk, _: Request) -> Message:
     bench = desk.bench
     return {
         "model": bench.classifier.name,
-        "classes": bench.class_count,
         "images": [bench.listed(number) for number in range(len(bench.exhibits))],
         "attacks": [one for one in map(_attack, available_attacks()) if one is not None],
         "budgets": [
             {"name": name, "example": kind.example, "summary": kind.summary} for name, kind in BUDGETS.items()
         ],
-        "masks": [
-            {
-                "kind": name,
-                "summary": kind.summary,
-                "takes": list(kind.takes),
-                "fraction": "fraction" in kind.takes,
-            }
-            for name, kind in MASKS.items()
-        ],
+        "masks": [{"kind": name, "summary": kind.summary} for name, kind in MASKS.items()],
         "analyses": [{"name": name} for name in usual_analyses()],
-        "limits": {"upload_bytes": UPLOAD_BYTES, "pixels": PIXELS, "probe_size": LARGEST},
-        "defaults": {"attack": "pgd", "budget": "linf:4/255", "seed": 0, "fraction": 0.3, "steps": 20},
+        "limits": {"upload_bytes": UPLOAD_BYTES},
+        "defaults": {"attack": "pgd", "budget": "linf:4/255", "seed": 0, "steps": 20},
         "colors": shared_colors(),
         "gallery": "records" in desk.questions,
     }
@@ -226,7 +227,6 @@ def _attack(name: str) -> Message | None:
         "name": name,
         "summary": attack.summary,
         "takes_budget": attack.takes_budget,
-        "needs_budget": attack.takes_budget and attack.default_budget,
         "takes_target": "targets" in attack.accepts,
         "takes_region": "region" in attack.accepts,
         "minimizes": attack.minimizes,
@@ -268,60 +268,48 @@ QUESTIONS = {
 }
 
 
-def _subscribe_attack(desk: Desk, request: Request, send: Send) -> Task[object]:
-    def run() -> object:
-        order = Order.read(desk.bench, request)
-        send(attack_pair(desk.bench, order, send, desk.worker.between_steps))
-        return None
-
-    return desk.worker.long(run)
-
-
-def _subscribe_heat(desk: Desk, request: Request, send: Send) -> Task[object]:
-    def steps() -> Generator[None]:
-        return heat_map(desk.bench, request, send, desk.worker)
-
-    return desk.worker.background(steps)
-
-
 def _subscription(name: str) -> Subscription:
     if name not in SUBSCRIPTIONS:
         raise RequestError("there is no such subscription", 404)
     return SUBSCRIPTIONS[name]
 
 
-def _subscribe_spots(desk: Desk, request: Request, send: Send) -> Task[object]:
-    def run() -> object:
-        send(search_spots(desk.bench, request, send, desk.worker.between_steps))
-        return None
+def _in_turn(job: Job) -> Subscription:
+    """A job in the order of arrival, which returns its last event."""
 
-    return desk.worker.long(run)
+    def subscribe(desk: Desk, request: Request, send: Send) -> Task[object]:
+        return desk.worker.long(lambda: send(job(desk, request, send)))
+
+    return subscribe
 
 
-def _subscribe_panel(desk: Desk, request: Request, send: Send) -> Task[object]:
-    def run() -> object:
+def _between_operations(job: Job) -> Subscription:
+    """The same for a job without steps of its own: it can be ended between any two operations of torch."""
+
+    def interruptible(desk: Desk, request: Request, send: Send) -> Message:
         with desk.worker.interruptible():
-            panel = explain_pair(desk.bench, request)
-        send({"event": "done", "stopped": False, **panel})
-        return None
+            return {"event": "done", "stopped": False, **job(desk, request, send)}
 
-    return desk.worker.long(run)
+    return _in_turn(interruptible)
 
 
-def _subscribe_certificate(desk: Desk, request: Request, send: Send) -> Task[object]:
-    def run() -> object:
-        with desk.worker.interruptible():
-            certificate = certify_mask(desk.bench, request, send)
-        send({"event": "done", "stopped": False, **certificate})
-        return None
+def _attack_pair(desk: Desk, request: Request, send: Send) -> Message:
+    order = Order.read(desk.bench, request)
+    return attack_pair(desk.bench, order, send, desk.worker.between_steps)
 
-    return desk.worker.long(run)
+
+def _search_spots(desk: Desk, request: Request, send: Send) -> Message:
+    return search_spots(desk.bench, request, send, desk.worker.between_steps)
+
+
+def _subscribe_heat(desk: Desk, request: Request, send: Send) -> Task[object]:
+    return desk.worker.background(lambda: heat_map(desk.bench, request, send, desk.worker))
 
 
 SUBSCRIPTIONS: dict[str, Subscription] = {
-    "weak_spots": _subscribe_spots,
-    "attack": _subscribe_attack,
+    "weak_spots": _in_turn(_search_spots),
+    "attack": _in_turn(_attack_pair),
     "heat": _subscribe_heat,
-    "explain": _subscribe_panel,
-    "certify": _subscribe_certificate,
+    "explain": _between_operations(lambda desk, request, _: explain_pair(desk.bench, request)),
+    "certify": _between_operations(lambda desk, request, send: certify_mask(desk.bench, request, send)),
 }

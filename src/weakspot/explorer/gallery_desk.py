@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from weakspot.audit.store.digests import DamagedError
-from weakspot.explorer.bench import Bench
-from weakspot.explorer.desk import Desk, Question, Send, as_request_error
+from weakspot.explorer.desk import Desk, Question, refused, replied
 from weakspot.explorer.gallery import Gallery, read_id
-from weakspot.explorer.messages import Message, Request, RequestError
+from weakspot.explorer.messages import Message, Request, RequestError, Send
 from weakspot.explorer.worker import Task
 
 THREADS = 2
@@ -39,9 +39,7 @@ def answered(gallery: Gallery, name: str, request: Request) -> Message:
 
 def _open(gallery: Gallery, desk: Desk, request: Request) -> Message:
     """Put the image of a record on the bench, once, with the class that it was attacked as."""
-    import torch
-
-    bench: Bench = desk.bench
+    bench = desk.bench
     try:
         number = read_id(request.body.get("id"))
         record = gallery.record(number, bench.classifier)
@@ -77,33 +75,18 @@ class RecordDesk:
 
     def ask(self, name: str, body: object) -> Future[Message]:
         """Answer a request, as `Desk.ask`."""
-        answer: Future[Message] = Future()
         try:
-            task = self._pool.submit(self._answer(name, Request(body)))
-        except RequestError as error:
-            answer.set_exception(error)
-            return answer
+            task = self._pool.submit(lambda: self._answer(name, Request(body)))
         except RuntimeError:  # the pool takes nothing after `close`
-            answer.set_exception(RequestError("the explorer has been closed", 503))
-            return answer
+            return refused(RequestError("the explorer has been closed", 503))
+        return replied(task, lambda message: {**message, "state": 0})
 
-        def finish(done: Future[Message]) -> None:
-            error = None if done.cancelled() else done.exception()
-            if done.cancelled() or error is not None:
-                closed = RequestError("the explorer has been closed", 503)
-                answer.set_exception(closed if error is None else as_request_error(error))
-            else:
-                answer.set_result({**done.result(), "state": 0})
-
-        task.add_done_callback(finish)
-        return answer
-
-    def _answer(self, name: str, request: Request) -> Callable[[], Message]:
+    def _answer(self, name: str, request: Request) -> Message:
         if name == "hello":
-            return lambda: {"model": None, "reason": self.reason, "images": [], "gallery": True}
+            return {"model": None, "reason": self.reason, "images": [], "gallery": True}
         if name not in self.gallery.names:
             raise RequestError(self.reason if name == "open" else "there is no such request", 404)
-        return lambda: answered(self.gallery, name, request)
+        return answered(self.gallery, name, request)
 
     def subscribe(self, name: str, body: object, send: Send) -> Task[object]:  # noqa: ARG002 - as `Desk.subscribe`
         """Refuse: every job needs the model."""

@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from weakspot._checks import quiet, unknown_choice
 
 Message = dict[str, object]  # a JSON object
+Send = Callable[[Message], None]
 MASK_BYTES = 2 * 2**20
 UPLOAD_BYTES = 20 * 2**20
 PIXELS = 40_000_000  # of an uploaded picture, decoded
@@ -111,11 +112,17 @@ class Request:
         """
         if not self.has(name):
             return None
-        content = self.content(name, MASK_BYTES)
-        region = read_mask(content, size, name)
+        region = read_mask(self.content(name, MASK_BYTES), size, name)
         if not bool(region.any()):
             raise RequestError(f"{name} must have at least one pixel, got none (brush some)")
         return region
+
+    def brushed(self, name: str, size: tuple[int, int]) -> Tensor:
+        """A mask that must not be missing."""
+        mask = self.mask(name, size)
+        if mask is None:
+            raise RequestError(f"{name} must be a picture of the brushed pixels, got nothing")
+        return mask
 
     def content(self, name: str, most: int) -> bytes:
         """The bytes of a file in base64."""
@@ -226,6 +233,11 @@ def floats(values: Tensor) -> Message:
     """An array as its shape and its float32 values, little-endian, in base64."""
     array = values.detach().cpu().numpy().astype("<f4")
     return {"shape": list(array.shape), "base64": base64.b64encode(array.tobytes()).decode("ascii")}
+
+
+def with_cautions(warned: Sequence[str]) -> str:
+    """What a search warned of, as sentences that precede its result."""
+    return "".join(f"Caution: {text}. " for text in dict.fromkeys(warned))
 
 
 def finite(value: float) -> float | None:

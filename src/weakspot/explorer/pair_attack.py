@@ -7,115 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weakspot._checks import collected_warnings, unknown_choice
-from weakspot.attacks import Attack, AttackOptions, find_attack, stored
+from weakspot._checks import collected_warnings
+from weakspot.attacks import AttackOptions, stored
 from weakspot.attacks.observers import AttackEndedError, observed
-from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import evaluating
-from weakspot.explorer.attack_progress import NORMS, Pause, Progress, Send
+from weakspot.explorer.attack_order import Order
+from weakspot.explorer.attack_progress import NORMS, SIDES, Pause, Progress
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import (
     Message,
-    Request,
     RequestError,
+    Send,
     finite,
     floats,
     mask_text,
     picture_text,
+    with_cautions,
 )
-from weakspot.explorer.pair_sentences import SideOutcome, outcome_sentence, with_cautions
 from weakspot.explorer.place_masks import MOST_SHARED, control_of, describe
 from weakspot.pairs import AttackResult
-from weakspot.statistics.number_format import counted
-
-Settings = dict[str, str | int | float | bool | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """What to attack, where, and how.
-
-    Attributes:
-        number: of the image.
-        mask: bool (1, 1, H, W); None for the whole image.
-        attack: by name.
-        budget: None for an attack that has none.
-        settings: arguments of the attack's own.
-        target: the class to reach, or None.
-        seed: of everything random, the control's place included.
-    """
-
-    number: int
-    mask: Tensor | None
-    attack: Attack
-    budget: Budget | None
-    budget_text: str | None
-    settings: Settings
-    target: int | None
-    seed: int
-
-    @staticmethod
-    def read(bench: Bench, request: Request) -> Order:
-        """Check a request before anything runs.
-
-        Raises:
-            ValueError: if a part of it is not valid, in one sentence.
-        """
-        number = request.whole("image", 0, 10**6, 0)
-        exhibit = bench.exhibit(number)
-        attack = find_attack(own_attack(request))
-        text = request.text("budget", "linf:4/255") if _takes_budget(attack, request) else None
-        settings = request.settings("options")
-        for name in settings:
-            if not attack.takes(name):
-                raise RequestError(
-                    unknown_choice(f"options of {attack.name}", name, sorted(attack.parameters))
-                )
-        classes = exhibit.logits.shape[1]
-        target = request.whole("target", 0, classes - 1) if request.has("target") else None
-        if target == exhibit.label:
-            raise RequestError(
-                f"target must be another class than the label, {bench.classifier.class_name(target)}"
-            )
-        if target is not None and "targets" not in attack.accepts:
-            raise RequestError(f"{attack.name} takes no target")
-        mask = request.mask("mask", exhibit.size)
-        # A mask of everything leaves no other place, so it is treated as none.
-        if mask is not None and bool(mask.all()):
-            mask = None
-        if mask is not None and "region" not in attack.accepts:
-            raise RequestError(f"{attack.name} takes no mask: it always acts on the whole image")
-        return Order(
-            number,
-            mask,
-            attack,
-            None if text is None else read_budget(text),
-            text,
-            settings,
-            target,
-            request.whole("seed", 0, 2**53, 0),
-        )
-
-    def describe(self, bench: Bench) -> str:
-        """The attack in one line."""
-        settings = [f"{name}={value}" for name, value in self.settings.items()]
-        budget = [] if self.budget_text is None else [self.budget_text]
-        toward = [] if self.target is None else [f"toward {bench.classifier.class_name(self.target)}"]
-        where = "whole image" if self.mask is None else counted(int(self.mask.sum()), "brushed pixel")
-        return ", ".join([self.attack.name, *settings, *budget, where, *toward, f"seed {self.seed}"])
-
-
-def own_attack(request: Request) -> str:
-    """The name of an attack that is installed with weakspot or a plug-in, not one of another library."""
-    from weakspot.attacks import available_attacks
-
-    return request.choice("attack", list(available_attacks()), "pgd")
-
-
-def _takes_budget(attack: Attack, request: Request) -> bool:
-    if request.has("budget") and not attack.takes_budget:
-        raise RequestError(f"{attack.name} takes no budget")
-    return attack.takes_budget and (attack.default_budget or request.has("budget"))
+from weakspot.statistics.number_format import number, percent, size_of_change
 
 
 def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message:
@@ -158,7 +69,7 @@ def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message
     except TypeError as error:
         raise RequestError(f"{order.attack.name} failed with these options: {error}") from error
     progress.flush()
-    exhibit.masks = (mask, control)
+    exhibit.masks = tuple(masks)
     exhibit.pair = result[0]
     exhibit.control = None if control is None else result[1]
     exhibit.pair_logits = bench.logits(result.adversarial) if logits is None else logits
@@ -242,22 +153,14 @@ def _verified(
 def side_message(bench: Bench, exhibit: Exhibit, result: AttackResult, logits: Tensor) -> Message:
     """One side of a pair, with the logits (K,) of its adversarial image."""
     change = result.perturbation[0]
-    sizes = {name: finite(NORMS[name](change)) for name in ("linf", "l2")}
     return {
         **bench.judged(exhibit, logits),
         "success": bool(result.success[0]),
-        "success_8bit": None if result.success_8bit is None else bool(result.success_8bit[0]),
-        **sizes,
+        "linf": finite(NORMS["linf"](change)),
         "pixels": int((change != 0).any(0).sum()),
-        "n_forward": int(result.n_forward[0]),
-        "n_backward": int(result.n_backward[0]),
         "png": picture_text(result.adversarial[0]),
         "difference": floats(change.mean(0)),
     }
-
-
-def _mask_texts(mask: Tensor, control: Tensor | None) -> Message:
-    return {"attack": mask_text(mask), **({} if control is None else {"control": mask_text(control)})}
 
 
 def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
@@ -269,7 +172,94 @@ def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
     return {
         "attack": side_message(bench, exhibit, exhibit.pair, logits[0]),
         "control": None if control is None else side_message(bench, exhibit, control, logits[1]),
-        "masks": None if control is None or exhibit.masks is None else _mask_texts(*exhibit.masks),
+        "masks": None
+        if control is None
+        else {side: mask_text(one) for side, one in zip(SIDES, exhibit.masks, strict=True)},
         "sentence": exhibit.sentence,
         "how": exhibit.how,
     }
+
+
+# ---------------------------------------------------------------- sentences
+
+
+@dataclass(frozen=True)
+class SideOutcome:
+    """What came of one side.
+
+    Attributes:
+        success: whether the image fools the classifier.
+        success_8bit: whether its 8-bit file does.
+        predicted: class of the image.
+        margin: the label's logit less the largest other one.
+        size: of the change, for attacks that look for the smallest one; else None.
+        norm: of `size`.
+        target: the class to reach, by name; None if leaving the label is enough.
+    """
+
+    success: bool
+    success_8bit: bool
+    predicted: str
+    margin: float
+    size: float | None = None
+    norm: str = "linf"
+    target: str | None = None
+
+    def __str__(self) -> str:
+        margin = f"margin {number(self.margin)}"
+        if not self.success:
+            failed = "not fooled" if self.target is None else f"{self.target} not reached"
+            return f"{failed}, {self.predicted} ({margin})"
+        by = "" if self.size is None else f" with a change of {size_of_change(self.size, self.norm)}"
+        rounded = "" if self.success_8bit else ", but not once rounded to an 8-bit file"
+        return f"fooled{by}, {self.predicted} ({margin}){rounded}"
+
+
+def outcome_sentence(
+    mask: SideOutcome,
+    control: SideOutcome | None,
+    *,
+    area: float,
+    shared: float | None = None,
+    needless: str = "",
+    stopped: bool = False,
+) -> str:
+    """The pair in a few sentences, which claim no more than one place can show.
+
+    Args:
+        mask: inside the mask.
+        control: at the place of equal area; None if there is none.
+        area: fraction of the image in the mask.
+        shared: fraction of the mask's pixels that are in the control, too, if that is much.
+        needless: why the image needs no change; empty if it does.
+        stopped: whether the attack was ended early.
+    """
+    if needless:
+        return f"The image is {needless} without an attack, so that no place needs to change."
+    start = "Stopped early. " if stopped else ""
+    if control is None:
+        none = (
+            ""
+            if mask.success
+            else " No change was found that is enough; this does not mean that none exists."
+        )
+        return f"{start}Whole image: {mask}.{none}"
+    both = f"Inside the mask, {percent(area)} of the image: {mask}. At a place of equal area: {control}."
+    if shared is not None:
+        return f"{start}{both} The two places share {percent(shared)} of their pixels, so comparing them says little."
+    return f"{start}{both} {_compared(mask, control)}"
+
+
+def _compared(mask: SideOutcome, control: SideOutcome) -> str:
+    if mask.success and control.success:
+        if mask.size is None or control.size is None:
+            return "The mask is nothing special here: the other place was enough as well."
+        if mask.size == control.size:
+            return "The two places needed the same."
+        less = "mask" if mask.size < control.size else "other place"
+        return f"The {less} needed less; one other place is no test."
+    if mask.success:
+        return "Only the mask was enough; one other place is no test."
+    if control.success:
+        return "Only the other place was enough; inside the mask, no change was found that is."
+    return "At neither place was a change found that is enough; this does not mean that none exists."

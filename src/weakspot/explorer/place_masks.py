@@ -29,12 +29,10 @@ class MaskKind:
     Attributes:
         make: (bench, image, request) -> bool (1, 1, H, W), and the text that `--region` takes for it, or None.
         summary: which part of the image it is.
-        takes: the settings that it reads from a request.
     """
 
     make: Callable[[Bench, Exhibit, Request], tuple[Tensor, str | None]]
     summary: str
-    takes: tuple[str, ...] = ()
 
 
 def _fraction(request: Request) -> float:
@@ -90,17 +88,13 @@ def _weakest(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, 
 
 
 MASKS = {
-    "cam": MaskKind(_cam, "where the network finds most evidence for the label", ("fraction",)),
+    "cam": MaskKind(_cam, "where the network finds most evidence for the label"),
     "background": MaskKind(_background, "outside the object"),
     "foreground": MaskKind(_foreground, "the object"),
-    "superpixels": MaskKind(
-        _superpixels, "pieces of similar color with most evidence for the label", ("fraction", "count")
-    ),
-    "superpixel": MaskKind(_superpixel, "the piece of similar color at a point", ("y", "x", "count")),
-    "border": MaskKind(_border, "a frame", ("count",)),
-    "weakest": MaskKind(
-        _weakest, "the smallest square that was found to be enough for a budget", ("budget",)
-    ),
+    "superpixels": MaskKind(_superpixels, "pieces of similar color with most evidence for the label"),
+    "superpixel": MaskKind(_superpixel, "the piece of similar color at a point"),
+    "border": MaskKind(_border, "a frame"),
+    "weakest": MaskKind(_weakest, "the smallest square that was found to be enough for a budget"),
 }
 
 
@@ -113,11 +107,9 @@ def propose(bench: Bench, request: Request) -> Message:
     mask = mask.cpu()
     if not bool(mask.any()):
         raise RequestError(f"the {kind} mask of this image is empty")
-    pixels = int(mask.sum())
     return {
         "mask": mask_text(mask),
-        "pixels": pixels,
-        "fraction": pixels / mask.numel(),
+        "pixels": int(mask.sum()),
         "region": region,
         "remark": " ".join(remarks) or None,
     }
@@ -155,7 +147,7 @@ def measure_area(bench: Bench, request: Request) -> Message:
     mask = request.mask("mask", exhibit.size)
     bench.brushed = mask
     if mask is None:
-        return {"pixels": 0, "fraction": 0.0, "control": None, "overlap": None, "remark": None}
+        return {"pixels": 0, "control": None, "overlap": None, "remark": None}
     return describe(mask, control_of(mask, request.whole("seed", 0, 2**53, 0)))
 
 
@@ -165,7 +157,6 @@ def describe(mask: Tensor, control: Tensor | None) -> Message:
     overlap = None if control is None else int((mask & control.cpu()).sum())
     return {
         "pixels": pixels,
-        "fraction": pixels / mask.numel(),
         "control": None if control is None else mask_text(control),
         "overlap": overlap,
         "remark": _remark(pixels, overlap),

@@ -181,7 +181,6 @@ export class UndoPlace {
       const reply = await bench.ask("undo_place", { image: image.index, mask: await bench.brush.text(), seed: bench.seed() });
       const pixels = await readPixels(`data:image/png;base64,${reply.png}`, image.width, image.height);
       if (!this.on || bench.image !== image) return;
-      this.last = reply;
       bench.stage.pictures.erased = pixels;
       bench.brush.controlData = reply.control && await readMask(pngBlob(reply.control.mask), image.width, image.height);
       bench.views.show("erased");

@@ -63,7 +63,6 @@ export class Probe {
     const rows = reply.top.slice(0, 4).map((guess) => make("tr", guess.index === label.index ? { class: "own" } : {},
       make("th", { scope: "row" }, guess.name), make("td", {}, signed(guess.logit)), make("td", {}, percent(guess.probability))));
     const decision = reply.changed ? `The network now says ${reply.predicted.name}.` : "The decision stays.";
-    this.last = { ...reply, place };
     this.bench.stage.showTip(
       make("strong", {}, place),
       make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "class"), make("th", { scope: "col" }, "logit"), make("th", { scope: "col" }, ""))),

@@ -1,26 +1,83 @@
-"""Layers and units of one pair: what the perturbation changes in each layer, beside a random edit, and single units."""
+"""What explains a pair: the report's panels on it, what it changes in each layer beside a random edit, single units."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from weakspot._checks import collected_warnings
 from weakspot.attribution.hooks import reading, replacing, spatial_layers
 from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import evaluating
-from weakspot.explanations import random_edits
+from weakspot.explanations import explain, random_edits
+from weakspot.explanations.analysis import accepted_options, available_analyses, find_analyses
 from weakspot.explanations.feature_propagation import Propagation, propagations
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, finite, floats
 from weakspot.pairs import AttackResult
+from weakspot.report.page_sections import panel
 from weakspot.statistics.number_format import number, percent
 
+REFERENCES = (19, 60)  # other images of the bench that a pair is compared with: at least and at most
 UNITS = 24  # units that are listed, those that change most
 OTHERS = 5  # units that a unit is compared with
+CONCEPTS = "scores.csv"  # as `weakspot dissect` writes it
+COLUMNS = ("layer", "unit", "concept", "iou")
+
+
+# ---------------------------------------------------------------- panels
+
+
+def explain_pair(bench: Bench, request: Request) -> Message:
+    """The panel of one analysis of the last attack on an image."""
+    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    pair = exhibit.attacked()
+    name = request.choice("analysis", available_analyses())
+    compares = accepted_options(find_analyses([name])[name], {"reference": None})
+    with collected_warnings() as cautions:
+        explanation = explain(
+            bench.classifier,
+            pair,
+            analyses=[name],
+            seed=request.whole("seed", 0, 2**53, 0),
+            names=[exhibit.name],
+            reference=_references(bench, exhibit) if compares else None,
+        )
+    drawn = panel(explanation)
+    row = explanation.scores.iloc[0]
+    scores = [
+        {"name": name.replace("_", " "), "value": number(float(row[name])), "meaning": meaning}
+        for name, meaning in explanation.meanings.items()
+        if name in row and isinstance(row[name], float | int | np.number)
+    ]
+    return {
+        "html": drawn.html,
+        "data": dict(drawn.data),
+        "sentences": [*drawn.sentences, *(f"Caution: {text}." for text in cautions)],
+        "scores": scores,
+    }
+
+
+def _references(bench: Bench, exhibit: Exhibit) -> Tensor | None:
+    """The other images that were on the bench from the start; None if they are too few for a test."""
+    others = [
+        one.pixels
+        for one in bench.exhibits
+        if one is not exhibit and not one.uploaded and one.pixels.shape == exhibit.pixels.shape
+    ]
+    if exhibit.uploaded or bench.origin.samples or len(others) < REFERENCES[0]:
+        return None
+    return torch.cat(others[: REFERENCES[1]])
+
+
+# ---------------------------------------------------------------- layers and units
 
 
 @dataclass(eq=False)
@@ -44,20 +101,9 @@ class Layers:
 _known: weakref.WeakKeyDictionary[AttackResult, Layers] = weakref.WeakKeyDictionary()
 
 
-def pair_of(exhibit: Exhibit) -> AttackResult:
-    """The pair of the last attack.
-
-    Raises:
-        RequestError: if there is none.
-    """
-    if exhibit.pair is None:
-        raise RequestError("there is no perturbation yet (attack the image first)")
-    return exhibit.pair
-
-
 def layers_of(bench: Bench, exhibit: Exhibit) -> Layers:
     """The layers of the pair of an image, computed once."""
-    pair = pair_of(exhibit)
+    pair = exhibit.attacked()
     if pair in _known:
         return _known[pair]
     with evaluating(bench.classifier) as classifier:
@@ -71,12 +117,7 @@ def list_layers(bench: Bench, request: Request) -> Message:
     """Every layer, with how far the perturbation and a random edit of its size reach in it."""
     exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
     layers = layers_of(bench, exhibit)
-    measured = {
-        "spread": layers.attack.spread,
-        "spread_random": layers.random.spread,
-        "reach": layers.attack.reach,
-        "reach_random": layers.random.reach,
-    }
+    measured = {"spread": layers.attack.spread, "spread_random": layers.random.spread}
     listed = [
         {
             "name": name,
@@ -108,7 +149,6 @@ def show_layer(bench: Bench, request: Request) -> Message:
         "layer": name,
         "change": floats(layers.attack.maximum[name][0]),
         "random": floats(layers.random.maximum[name][0]),
-        "peak": finite(float(layers.attack.peak[name][0])),
         "count": len(change),
         "units": [
             {"unit": unit, "change": finite(float(change[unit])), "concept": bench.concepts.get((name, unit))}
@@ -205,3 +245,35 @@ def _sentence(
         return f"{text} Without another unit, drawn at random, it goes to {number(margins[0])}."
     low, high = number(margins[0]), number(margins[-1])
     return f"{text} Without one of {len(margins)} other units, drawn at random, it goes to between {low} and {high}."
+
+
+def read_concepts(folder: Path) -> dict[tuple[str, int], str]:
+    """The concept that `weakspot dissect` found for a unit, with its intersection over union, by layer and unit.
+
+    Args:
+        folder: that `weakspot dissect` wrote.
+
+    Raises:
+        FileNotFoundError: if it holds no such file.
+        ValueError: if the file is not that of a dissection.
+    """
+    import pandas as pd
+
+    path = folder / CONCEPTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} must be a folder that weakspot dissect wrote, got none with {CONCEPTS}"
+        )
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, UnicodeDecodeError):
+        raise ValueError(f"{path} must be the table of a dissection, got a file that is no table") from None
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise ValueError(f"{path} must be the table of a dissection, got one without {', '.join(missing)}")
+    rows = zip(*(table[name] for name in COLUMNS), strict=True)
+    return {
+        (str(layer), int(unit)): f"{concept} (IoU {iou:.2g})"
+        for layer, unit, concept, iou in rows
+        if isinstance(concept, str) and not math.isnan(iou)
+    }

@@ -1,4 +1,4 @@
-"""Copies: the state of the bench as a command and as Python, which reproduce it outside the explorer."""
+"""The order of an attack: read from a request, and copied as a command and as Python that reproduce it elsewhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,110 @@ import json
 import shlex
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 
+from torch import Tensor
+
+from weakspot import attacks
+from weakspot._checks import unknown_choice
+from weakspot.attacks import Attack, available_attacks, find_attack
+from weakspot.budgets import Budget, read_budget
 from weakspot.explorer.bench import Bench, Exhibit
-from weakspot.explorer.messages import Message, Request, mask_text
-from weakspot.explorer.pair_attack import Order
+from weakspot.explorer.messages import Message, Request, RequestError, mask_text
 from weakspot.explorer.place_masks import control_of
+from weakspot.statistics.number_format import counted
 
 LINE = 76  # characters of base64 on a line
+Settings = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What to attack, where, and how.
+
+    Attributes:
+        number: of the image.
+        mask: bool (1, 1, H, W); None for the whole image.
+        attack: by name.
+        budget: None for an attack that has none.
+        settings: arguments of the attack's own.
+        target: the class to reach, or None.
+        seed: of everything random, the control's place included.
+    """
+
+    number: int
+    mask: Tensor | None
+    attack: Attack
+    budget: Budget | None
+    budget_text: str | None
+    settings: Settings
+    target: int | None
+    seed: int
+
+    @staticmethod
+    def read(bench: Bench, request: Request) -> Order:
+        """Check a request before anything runs.
+
+        Raises:
+            ValueError: if a part of it is not valid, in one sentence.
+        """
+        number = request.whole("image", 0, 10**6, 0)
+        exhibit = bench.exhibit(number)
+        attack = find_attack(own_attack(request))
+        text = request.text("budget", "linf:4/255") if _takes_budget(attack, request) else None
+        settings = request.settings("options")
+        for name in settings:
+            if not attack.takes(name):
+                raise RequestError(
+                    unknown_choice(f"options of {attack.name}", name, sorted(attack.parameters))
+                )
+        classes = exhibit.logits.shape[1]
+        target = request.whole("target", 0, classes - 1) if request.has("target") else None
+        if target == exhibit.label:
+            raise RequestError(
+                f"target must be another class than the label, {bench.classifier.class_name(target)}"
+            )
+        if target is not None and "targets" not in attack.accepts:
+            raise RequestError(f"{attack.name} takes no target")
+        mask = request.mask("mask", exhibit.size)
+        # A mask of everything leaves no other place, so it is treated as none.
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if mask is not None and "region" not in attack.accepts:
+            raise RequestError(f"{attack.name} takes no mask: it always acts on the whole image")
+        return Order(
+            number,
+            mask,
+            attack,
+            None if text is None else read_budget(text),
+            text,
+            settings,
+            target,
+            request.whole("seed", 0, 2**53, 0),
+        )
+
+    def describe(self, bench: Bench) -> str:
+        """The attack in one line."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        budget = [] if self.budget_text is None else [self.budget_text]
+        toward = [] if self.target is None else [f"toward {bench.classifier.class_name(self.target)}"]
+        where = "whole image" if self.mask is None else counted(int(self.mask.sum()), "brushed pixel")
+        return ", ".join([self.attack.name, *settings, *budget, where, *toward, f"seed {self.seed}"])
+
+
+def own_attack(request: Request) -> str:
+    """The name of an attack that is installed with weakspot or a plug-in, not one of another library."""
+    return request.choice("attack", list(available_attacks()), "pgd")
+
+
+def _takes_budget(attack: Attack, request: Request) -> bool:
+    if request.has("budget") and not attack.takes_budget:
+        raise RequestError(f"{attack.name} takes no budget")
+    return attack.takes_budget and (attack.default_budget or request.has("budget"))
+
+
+# ---------------------------------------------------------------- copies
 
 
 def copy_command(bench: Bench, request: Request) -> Message:
@@ -136,8 +232,6 @@ def _inputs(bench: Bench, exhibit: Exhibit, number: int) -> list[str]:
 
 def _call(order: Order) -> str:
     """The call of the attack, on one line."""
-    from weakspot import attacks
-
     function = f"weakspot.attacks.{order.attack.name}"
     if order.attack.name not in attacks.__all__:
         function = f"weakspot.attacks.find_attack({order.attack.name!r})"
