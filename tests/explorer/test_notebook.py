@@ -20,7 +20,7 @@ from tests.networks import Made
 from weakspot.explorer.desk import QUESTIONS, Desk, Question
 from weakspot.explorer.messages import Message
 from weakspot.explorer.notebook_view import JOBS, NotebookDesk, bench_widget
-from weakspot.explorer.view import NotebookView, explore, fill_bench
+from weakspot.explorer.view import NotebookView, View, explore, fill_bench
 from weakspot.explorer.worker import Task
 
 PLAIN = """
@@ -153,6 +153,15 @@ def test_a_job_may_end_while_it_is_being_stopped(made: tuple[Desk, Cell, Noteboo
     shell._jobs = Ending({"a-1": task})
     shell.receive({"kind": "stop", "id": "a-1"})
     assert task.stop.is_set()
+
+
+def test_pairs_of_images_of_different_sizes_are_refused_with_a_sentence(pooling: Made) -> None:
+    bench = fill_bench(*pooling)
+    bench.add(torch.rand(1, 3, 12, 14), ["small"])
+    for exhibit in bench.exhibits:
+        exhibit.pair = weakspot.attacks.pgd(bench.classifier, exhibit.pixels, exhibit.label_tensor, steps=1)
+    with View("", bench, Desk(bench)) as view, pytest.raises(ValueError, match="got 12 x 14 and 20 x 20"):
+        _ = view.pairs
 
 
 @pytest.mark.parametrize("name", [*QUESTIONS, "probe", "apart"])

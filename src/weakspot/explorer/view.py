@@ -52,16 +52,20 @@ class View:
         Raises:
             ValueError: if images of different sizes were attacked.
         """
-        attacked = [(one.name, one.pair) for one in self.bench.exhibits if one.pair is not None]
+        attacked = [one for one in self.bench.exhibits if one.pair is not None]
         if not attacked:
             return None
-        pairs = [pair for _, pair in attacked]
+        sizes = sorted({one.size for one in attacked})
+        if len(sizes) > 1:
+            got = " and ".join(f"{height} x {width}" for height, width in sizes)
+            raise ValueError(f"pairs must be of images of one size (height x width), got {got}")
+        pairs = [one.attacked() for one in attacked]
         return Pairs(
             torch.cat([pair.clean for pair in pairs]),
             torch.cat([pair.adversarial for pair in pairs]),
             torch.cat([pair.labels for pair in pairs]),
             torch.cat([pair.targets for pair in pairs]),
-            names=tuple(name for name, _ in attacked),
+            names=tuple(one.name for one in attacked),
         )
 
     def close(self) -> None:
