@@ -297,6 +297,10 @@ def test_the_desk_opens_records_on_the_bench_once(odd: Path, monkeypatch: pytest
         other: Any = desk.ask("open", {"id": 9}).result(60)
         assert other["image"] == 1
         assert (first["attack"], first["region"]) != (again["attack"], again["region"])
+        exhibit = desk.bench.exhibit(0)
+        exhibit.label += 1  # as if the picture had been dropped, and misclassified
+        third: Any = desk.ask("open", {"id": 5}).result(60)
+        assert desk.bench.exhibit(third["image"]).label == exhibit.label - 1
         with pytest.raises(RequestError, match="id must be"):
             desk.ask("open", {"id": "../../etc/passwd"}).result(60)
     finally:

@@ -55,7 +55,9 @@ def _open(gallery: Gallery, desk: Desk, request: Request) -> Message:
     }
     pixels = record.image[None].to(bench.classifier.mean.device)
     for place, exhibit in enumerate(bench.exhibits):
-        if exhibit.pixels.shape == pixels.shape and bool((exhibit.pixels == pixels).all()):
+        # The same picture may be there under another class, such as the one that the model predicts.
+        same = exhibit.pixels.shape == pixels.shape and bool((exhibit.pixels == pixels).all())
+        if same and record.label in {None, exhibit.label}:
             return {"image": place, **reply}
     labels = None if record.label is None else torch.tensor([record.label], device=pixels.device)
     return {"image": bench.add(pixels, [record.name], labels), **reply}
