@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot._io.files import write_atomic
+from weakspot.defenses.verdicts import AttackRow
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.propagation_controls import PropagationStudy
 from weakspot.pairs import Pairs
@@ -230,8 +231,6 @@ def accuracy_figure(table: pd.DataFrame, title: str) -> Figure:
         title: above the bars.
     """
     from matplotlib.figure import Figure
-
-    from weakspot.defenses.verdicts import AttackRow
 
     sheet = Figure(figsize=(8.6, 1.5 + 0.62 * len(table)), layout="constrained")
     axis = sheet.subplots()

@@ -11,9 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
 from weakspot.report.image_findings import HELPS, LOCAL, QUESTIONS, WHERE, WHY, findings, in_levels
-from weakspot.report.layer_browser import layer_browser
 from weakspot.report.map_views import MapView, map_views, worth_drawing
 from weakspot.report.rendering import compressed_levels, fragment, picture_url
 from weakspot.statistics.number_format import percent
@@ -25,6 +25,8 @@ ANSWERS = {
     "restoration": HELPS, "units": HELPS,
 }  # fmt: skip
 OTHER = "Other analyses"
+WIDTH, HEIGHT = 600, 120  # of the drawing of the curves, in its own units
+CHANGED, ALL = 0.1, 0.9  # a layer of which 90% changed by a tenth of its top shows no place
 
 Browsers = Mapping[str, tuple[dict[str, object], list[dict[str, object]]]]
 
@@ -59,6 +61,50 @@ def panel(explanation: Explanation, index: int = 0) -> Panel:
     html = fragment("panel_parts.html", linked=str, sections=parts)
     sentences = tuple(sentence for part in parts for sentence in part.sentences)
     return Panel(html, pair_data(explanation, index, views, browsers), sentences)
+
+
+def layer_browser(series: Series, index: int) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """The template's variables for one pair's maps along the layers, and the frames that the script draws."""
+    frames: list[dict[str, object]] = []
+    first_shown = len(series.steps) - 1
+    for step, maps, tops in zip(series.steps, series.maps, series.tops, strict=True):
+        values = np.nan_to_num(maps[index].numpy().astype(np.float32), posinf=0, neginf=0)
+        highest, top = float(values.max()), float(np.nan_to_num(tops[index].item(), posinf=0))
+        # A layer that is silent in the clean image has no peak; then the largest change is the brightest.
+        top = top or highest or 1.0
+        # The slider starts at the last layer whose map shows something: often the whole last layer has changed.
+        if float((maps[index] > CHANGED * top).float().mean()) < ALL:
+            first_shown = len(frames)
+        frame = {"step": step, "height": values.shape[0], "width": values.shape[1], "highest": highest}
+        frames.append({**frame, "values": compressed_levels(values, 0.0, highest), "top": top})
+    curves = {name: values[index].double().numpy() for name, values in series.curves.items()}
+    finite = (np.max(curve, initial=0, where=np.isfinite(curve)) for curve in curves.values())
+    limit = float(max(finite, default=0)) or 1.0
+    return {
+        "title": series.title,
+        "meaning": series.meaning,
+        "last": len(frames) - 1,
+        "first_shown": first_shown,
+        "first_step": series.steps[0],
+        "last_step": series.steps[-1],
+        "size": (WIDTH, HEIGHT),
+        "limit": limit,
+        "curves": [
+            {
+                "name": name,
+                "points": _polyline(curve, limit),
+                "values": [float(f"{value:.3g}") for value in curve],
+            }
+            for name, curve in curves.items()
+        ],
+    }, frames
+
+
+def _polyline(curve: NDArray[np.float64], limit: float) -> str:
+    """The points of an SVG polyline, from left to right; SVG's y axis points down."""
+    across = np.linspace(0, WIDTH, len(curve)) if len(curve) > 1 else np.array([WIDTH / 2])
+    down = HEIGHT * (1 - np.nan_to_num(curve, posinf=0, neginf=0) / limit)
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
 
 
 def layer_browsers(explanation: Explanation, index: int) -> Browsers:
