@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from weakspot.reproduction import Reproduction
-from weakspot.reproduction.panel_figure import draw
+from weakspot.reproduction.claim_panels import draw
 from weakspot.reproduction.paper_page import paper_page
 
 ROOT = Path(__file__).parents[1]

@@ -27,17 +27,15 @@ from weakspot.reproduction import (
     Material,
     Measurement,
     one_pixel,
-    proven_pixels,
     read_reproduction,
     reproduce,
 )
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, UNTESTED, Difference, too_few
 from weakspot.reproduction.localized import Localized
 from weakspot.reproduction.material import guesses, unsure
-from weakspot.reproduction.one_pixel import OnePixel, _beside, ring_rates
+from weakspot.reproduction.one_pixel import OnePixel, _beside, proven_safe, ring_rates
 from weakspot.reproduction.paper_page import paper_page, verdict_table
 from weakspot.reproduction.perturbation_types import Promotion
-from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.reproduction.spatial import Spatial
 from weakspot.training import Matrix
 
@@ -69,8 +67,8 @@ def material(
 
 @pytest.fixture(autouse=True)
 def few_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proven_pixels, "IMAGES", {True: 2})
-    monkeypatch.setattr(proven_pixels, "PIXELS", {True: 3})
+    monkeypatch.setattr(one_pixel, "IMAGES", {True: 2})
+    monkeypatch.setattr(one_pixel, "PIXELS", {True: 3})
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +299,8 @@ def test_the_background_is_compared_with_the_whole_image(
 
 
 def test_pixels_that_no_color_turns_are_proven_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proven_pixels, "IMAGES", {True: 3})
-    monkeypatch.setattr(proven_pixels, "PIXELS", {True: 64})
+    monkeypatch.setattr(one_pixel, "IMAGES", {True: 3})
+    monkeypatch.setattr(one_pixel, "PIXELS", {True: 64})
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(192, 4)
     linear.weight.data, linear.bias.data = torch.randn(4, 192, generator=generator), torch.zeros(4)

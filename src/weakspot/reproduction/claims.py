@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot._io.files import write_atomic
-from weakspot.reproduction.claim_panels import Panel
+from weakspot.reproduction.claim_panels import Panel, draw
+from weakspot.statistics import paired_proportion_interval
 from weakspot.statistics.number_format import counted, number, p_value, percent
 
 if TYPE_CHECKING:
@@ -25,9 +26,8 @@ NOT_CONFIRMED = "not confirmed"
 UNTESTED = "cannot be tested on this data"
 VERDICTS = (CONFIRMED, CAUTION, NOT_CONFIRMED, UNTESTED)
 LEVEL = 0.05
-SMALLEST = (
-    0.05  # points by which a rate must exceed its control: less is found in networks without learning too
-)
+# Points by which a rate must exceed its control: less is found in networks without learning too.
+SMALLEST = 0.05
 KINDS: Mapping[str, Callable[[float], str]] = {
     "fraction": percent,
     "number": number,
@@ -171,8 +171,6 @@ class Reproduction:
         Raises:
             ValueError: if no claim has a panel.
         """
-        from weakspot.reproduction.panel_figure import draw
-
         return draw([panel for claim in self.claims for panel in claim.panels])
 
     @property
@@ -229,8 +227,6 @@ class Difference:
     @classmethod
     def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Difference:
         """Paired outcomes of the same images."""
-        from weakspot.statistics import paired_proportion_interval
-
         _, low, high = paired_proportion_interval(first, second)
         return cls(float(first.mean()), float(second.mean()), low, high, len(first))
 

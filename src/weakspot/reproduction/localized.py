@@ -226,7 +226,10 @@ class Localized:
             for recipe in self._recipes
         ]
         control = f"All recipes at equal cost: {'; '.join(rows)}."
-        spread = max(_spread(matrix, recipe, "localized") for recipe in ("localized", "standard"))
+        # Largest less smallest accuracy over seeds.
+        spread = max(
+            float(_row(matrix, recipe, "localized")["spread"]) for recipe in ("localized", "standard")
+        )
         if self._seeds == 1:
             control += " How much networks of one recipe with other seeds differ is not measured."
         else:
@@ -261,26 +264,30 @@ class Localized:
             for test, row in compared
         )
         return Claim(
-            name, TRAINING, measured, control, outcome, (*table, *self._accuracies()), (self._panel(),)
+            name,
+            TRAINING,
+            measured,
+            control,
+            outcome,
+            (*table, *self._accuracies(matrix)),
+            (self._panel(matrix),),
         )
 
-    def _accuracies(self) -> tuple[Measurement, ...]:
+    def _accuracies(self, matrix: Matrix) -> tuple[Measurement, ...]:
         """Accuracy of every network in every test."""
-        assert self.matrix is not None  # noqa: S101
-        table = self.matrix.accuracy
+        rows = [(recipe, test, _row(matrix, recipe, test)) for recipe in self._recipes for test in TESTS]
         return tuple(
-            Measurement(f"{recipe}, {TESTS[test]}", *_row(table, recipe, test))
-            for recipe in self._recipes
-            for test in TESTS
+            Measurement(
+                f"{recipe}, {TESTS[test]}", row["accuracy"], row["low"], row["high"], int(row["images"])
+            )
+            for recipe, test, row in rows
         )
 
-    def _panel(self) -> Panel:
-        assert self.matrix is not None  # noqa: S101
-        table = self.matrix.accuracy
+    def _panel(self, matrix: Matrix) -> Panel:
         series = []
         for test, label in TESTS.items():
-            rows = [_row(table, recipe, test) for recipe in self._recipes]
-            values, low, high = ([float(row[part]) for row in rows] for part in range(3))
+            rows = [_row(matrix, recipe, test) for recipe in self._recipes]
+            values, low, high = ([float(row[part]) for row in rows] for part in ("accuracy", "low", "high"))
             series.append(Series(label, rounded(values), low=rounded(low), high=rounded(high)))
         names = tuple(recipe.replace("_", " ") for recipe in self._recipes)
         title = "Accuracy, by what the network was trained on"
@@ -294,21 +301,14 @@ def _difference(matrix: Matrix, test: str, against: str) -> pd.Series:
     return rows.iloc[0]
 
 
+def _row(matrix: Matrix, recipe: str, test: str) -> pd.Series:
+    """The row of `Matrix.accuracy`."""
+    table = matrix.accuracy
+    return table[(table["recipe"] == recipe) & (table["test"] == test)].iloc[0]
+
+
 def _rate(matrix: Matrix, recipe: str, test: str) -> float:
-    table = matrix.accuracy
-    return float(table[(table["recipe"] == recipe) & (table["test"] == test)]["accuracy"].iloc[0])
-
-
-def _row(table: pd.DataFrame, recipe: str, test: str) -> tuple[float, float, float, int]:
-    """Accuracy, its interval and the number of images."""
-    row = table[(table["recipe"] == recipe) & (table["test"] == test)].iloc[0]
-    return float(row["accuracy"]), float(row["low"]), float(row["high"]), int(row["images"])
-
-
-def _spread(matrix: Matrix, recipe: str, test: str) -> float:
-    """Largest less smallest accuracy over seeds."""
-    table = matrix.accuracy
-    return float(table[(table["recipe"] == recipe) & (table["test"] == test)]["spread"].iloc[0])
+    return float(_row(matrix, recipe, test)["accuracy"])
 
 
 def _points(row: pd.Series) -> str:

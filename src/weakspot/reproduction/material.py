@@ -138,8 +138,8 @@ class Material:
     def key(self) -> str:
         """What the claims depend on: network, images, size and seed."""
         digest = hashlib.sha256(f"{SCHEMA} {fingerprint(self.model)}".encode())
-        digest.update(self.images.contiguous().cpu().numpy().tobytes())
-        digest.update(torch.as_tensor(self.labels).cpu().numpy().tobytes())
+        digest.update(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
         digest.update(f"{self.quick} {self.seed} {self.unusable}".encode())
         return digest.hexdigest()[:12]
 

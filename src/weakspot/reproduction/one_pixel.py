@@ -12,21 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from weakspot import attacks
+from weakspot import _random, attacks
 from weakspot.classifier import evaluating, predict
 from weakspot.explanations import Locality, PropagationStudy, locality, propagation_study
 from weakspot.explanations.visible_change import with_shuffled_weights
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.proofs import certify_pixels
 from weakspot.reproduction.claim_panels import Panel, Series, rounded
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, Claim, Measurement, untested
 from weakspot.reproduction.material import Material
-from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.statistics import mean_interval, rate_interval
 from weakspot.statistics.number_format import counted, number, percent, points, with_interval
 
 TITLE = "Understanding the One-Pixel Attack: Propagation Maps and Locality Analysis"
 CITATION = "Vargas and Su, arXiv 1902.02947"
-REACHES = "even in extremely deep networks such as Resnet, modification in one pixel easily propagates until the last layer"
+REACHES = (
+    "even in extremely deep networks such as Resnet, modification in one pixel easily propagates until the last "
+    "layer"
+)
 GLOBAL = (
     "this initial local perturbation is also shown to spread becoming a global one and reaching absolute difference "
     "values that are close to the maximum value of the original feature maps in a given layer"
@@ -59,6 +62,9 @@ CONTROLS = ("failures", "random edits")
 RADII = (1, 2, 3, 4, 6, 8, 12)
 EXCESS = 0.05  # by which neighbors must exceed other sites, at least
 WIDE, CLOSE = 0.5, 0.5  # "global": half of the sites; "close to the maximum": half of it
+# Of proofs, quick or full: so many images, so many pixels of each, drawn at random, and a limit of time that is not
+# reached as a rule; the pixels that are left then are not decided.
+IMAGES, PIXELS, SECONDS = {True: 8, False: 100}, {True: 16, False: 64}, {True: 120.0, False: 600.0}
 
 
 class OnePixel:
@@ -104,28 +110,21 @@ class OnePixel:
             return f"One pixel fooled the network on {fooled} of {counted(self.material.count)}; {FEWEST} are needed."
         return ""
 
-    def _last(self) -> dict[str, pd.Series]:
-        """The row of each group in the last layer."""
-        table = self.study.table
-        last = table[table["layer"] == self.study.layers[-1]]
-        return {str(row["group"]): row for _, row in last.iterrows()}
-
     def reaches(self) -> Claim:
         """Whether any change arrives at the last layer."""
         name = "reaches the last layer"
         if why := self._why_not():
             return untested(name, REACHES, why)
-        rows = self._last()
+        rows = _in_last_layer(self.study)
         own = rows["successes"]
         measured = (
             f"In the last layer ({self.study.layers[-1]}), successful one-pixel attacks change {_rate(own, 'spread')} "
             f"of the sites by more than a tenth of the layer's peak; the largest change is {_times(own)} the peak "
             f"({counted(int(own['images']))})."
         )
-        unlearned = self.unlearned
-        control = _beside(rows)
-        control += (
-            f" In the network with permuted weights, a random pixel reaches {_times(unlearned)} the peak."
+        control = (
+            f"{_beside(rows)} In the network with permuted weights, a random pixel reaches {_times(self.unlearned)} "
+            "the peak."
         )
         learned = self._learned(rows)
         beyond = self._beyond(rows)
@@ -154,9 +153,7 @@ class OnePixel:
         logits = predict(shuffled, pairs.clean)
         wrong = (logits.argmax(1).cpu() + 1) % logits.shape[1]
         edited = Pairs(pairs.clean, pairs.adversarial, wrong, wrong)
-        study = propagation_study(shuffled, edited, seed=self.material.seed)
-        table = study.table
-        return table[(table["layer"] == study.layers[-1]) & (table["group"] == "random edits")].iloc[0]
+        return _in_last_layer(propagation_study(shuffled, edited, seed=self.material.seed))["random edits"]
 
     def _learned(self, rows: dict[str, pd.Series]) -> bool:
         """Whether the same random pixels arrive more strongly than without learning, beyond doubt."""
@@ -169,7 +166,7 @@ class OnePixel:
 
     def _measurements(self, rows: dict[str, pd.Series], quantity: str) -> tuple[Measurement, ...]:
         """One quantity of every group in the last layer."""
-        named = {**{f"{quantity}, {group}": row for group, row in rows.items()}}
+        named = {f"{quantity}, {group}": row for group, row in rows.items()}
         named[f"{quantity}, random pixels, permuted weights"] = self.unlearned
         kind = "fraction" if quantity == "spread" else "number"
         return tuple(
@@ -184,34 +181,26 @@ class OnePixel:
         series = []
         for group, rows in self.study.table.groupby("group", sort=False):
             if rows["images"].iloc[0]:
-                values, low, high = (
-                    rounded(rows[part].tolist()) for part in ("spread", "spread_low", "spread_high")
-                )
+                columns = [rounded(rows[part].tolist()) for part in ("spread", "spread_low", "spread_high")]
                 depth = tuple(range(1, len(rows) + 1))
-                series.append(Series(f"{group} ({int(rows['images'].iloc[0])})", depth, values, low, high))
-        return Panel(
-            "curves",
-            "How far one pixel spreads, layer by layer",
-            "layer",
-            "fraction of sites changed",
-            tuple(series),
-        )
+                series.append(Series(f"{group} ({int(rows['images'].iloc[0])})", depth, *columns))
+        title = "How far one pixel spreads, layer by layer"
+        return Panel("curves", title, "layer", "fraction of sites changed", tuple(series))
 
     def spreads(self) -> Claim:
         """Whether the change covers the last maps and comes close to their peak."""
         name = "becomes global"
         if why := self._why_not():
             return untested(name, GLOBAL, why)
-        rows = self._last()
+        rows = _in_last_layer(self.study)
         own = rows["successes"]
         measured = (
             f"In the last layer, {_rate(own, 'spread')} of the sites change by more than a tenth of the layer's peak, "
             f"and the largest change is {_times(own)} that peak."
         )
         wide, close = own["spread_low"] >= WIDE, own["reach_low"] >= CLOSE
-        learned = self._learned(rows)
         outcome = NOT_CONFIRMED
-        if learned and (wide or close):
+        if self._learned(rows) and (wide or close):
             outcome = CONFIRMED if wide and close and self._beyond(rows) else CAUTION
         control = (
             f"{_beside(rows)} Confirmed means at least {percent(WIDE)} of the sites and {percent(CLOSE)} of the peak, "
@@ -241,7 +230,7 @@ class OnePixel:
             if failed["images"]
             else "There is no failed attack to compare with."
         )
-        excess, low, high = mean_interval(self._excess(result.success), self.material.seed)
+        excess, low, high = mean_interval(_excess(self.pairs, result.success), self.material.seed)
         measured += f" The difference within an image is {points(excess, low, high)}."
         outcome = CONFIRMED if low >= EXCESS else NOT_CONFIRMED
         if outcome == CONFIRMED and failed["images"] and failed["high"] >= near["low"]:
@@ -254,38 +243,42 @@ class OnePixel:
             Measurement("neighbors minus other sites", excess, low, high, int(near["images"]), "number"),
             *proven_safe(self.material, self.pairs),
         )
-        return Claim(name, NEIGHBORS, measured, control, outcome, table, (self._rings(result),))
+        return Claim(name, NEIGHBORS, measured, control, outcome, table, (_rings(self.pairs, result),))
 
-    def _rings(self, result: Locality) -> Panel:
-        """The rate of fooling by the distance that the pixel was moved, for successful and failed attacks."""
-        assert self.pairs is not None  # noqa: S101
-        places = (self.pairs.perturbation != 0).any(1).flatten(1).long().argmax(1)
-        success = self.pairs.success
-        series = []
-        for label, chosen in (("successful attacks", success), ("failed attacks", ~success)):
-            rows = chosen.nonzero()[:, 0]
-            if len(rows) >= FEWEST:
-                rings = [ring_rates(result.success[rows], places[rows], radius) for radius in RADII]
-                columns = [rounded(column) for column in zip(*map(rate_interval, rings), strict=True)]
-                series.append(Series(f"{label} ({len(rows)})", RADII, *columns))
-        anywhere = result.controls.set_index("control")["rate"]["random"]
-        return Panel(
-            "curves", "The same color, moved: how often it still fools", "pixels away from the attack",
-            "fraction of sites that fool", tuple(series), guide=round(float(anywhere), 4), guide_label="any other site",
-        )  # fmt: skip
 
-    def _excess(self, success: Tensor) -> NDArray[np.float64]:
-        """Of each successful attack: the rate among the eight neighbors minus the rate at all other sites."""
-        assert self.pairs is not None  # noqa: S101
-        changed = (self.pairs.perturbation != 0).any(1, keepdim=True)
-        # A maximum over 3 x 3 marks the eight neighbors.
-        around = max_pool2d(changed.float(), 3, 1, 1).bool() & ~changed
-        near, other = around[:, 0], ~changed[:, 0]
+def _rings(pairs: AttackResult, result: Locality) -> Panel:
+    """The rate of fooling by the distance that the pixel was moved, for successful and failed attacks."""
+    places = (pairs.perturbation != 0).any(1).flatten(1).long().argmax(1)
+    series = []
+    for label, chosen in (("successful attacks", pairs.success), ("failed attacks", ~pairs.success)):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) >= FEWEST:
+            rings = [ring_rates(result.success[rows], places[rows], radius) for radius in RADII]
+            columns = [rounded(column) for column in zip(*map(rate_interval, rings), strict=True)]
+            series.append(Series(f"{label} ({len(rows)})", RADII, *columns))
+    anywhere = result.controls.set_index("control")["rate"]["random"]
+    return Panel(
+        "curves", "The same color, moved: how often it still fools", "pixels away from the attack",
+        "fraction of sites that fool", tuple(series), guide=round(float(anywhere), 4), guide_label="any other site",
+    )  # fmt: skip
 
-        def rate(sites: Tensor) -> Tensor:
-            return (success.cpu() & sites).sum((1, 2)) / sites.sum((1, 2))
 
-        return (rate(near) - rate(other))[self.pairs.success].double().numpy()
+def _excess(pairs: AttackResult, success: Tensor) -> NDArray[np.float64]:
+    """Of each successful attack: the rate among the eight neighbors minus the rate at all other sites."""
+    changed = (pairs.perturbation != 0).any(1, keepdim=True)
+    # A maximum over 3 x 3 marks the eight neighbors.
+    around = max_pool2d(changed.float(), 3, 1, 1).bool() & ~changed
+
+    def rate(sites: Tensor) -> Tensor:
+        return (success.cpu() & sites).sum((1, 2)) / sites.sum((1, 2))
+
+    return (rate(around[:, 0]) - rate(~changed[:, 0]))[pairs.success].double().numpy()
+
+
+def _in_last_layer(study: PropagationStudy) -> dict[str, pd.Series]:
+    """The row of each group in the last layer."""
+    last = study.table[study.table["layer"] == study.layers[-1]]
+    return {str(row["group"]): row for _, row in last.iterrows()}
 
 
 def _rate(row: pd.Series, name: str) -> str:
@@ -300,10 +293,10 @@ def _times(row: pd.Series) -> str:
 
 
 def _beside(rows: dict[str, pd.Series]) -> str:
-    others = [group for group in rows if group != "successes" and rows[group]["images"]]
     parts = [
-        f"{group}: {_rate(rows[group], 'spread')} of the sites, {_times(rows[group])} the peak"
-        for group in others
+        f"{group}: {_rate(row, 'spread')} of the sites, {_times(row)} the peak"
+        for group, row in rows.items()
+        if group != "successes" and row["images"]
     ]
     text = f"{'; '.join(parts)}." if parts else "there is no other attack to compare with."
     return text[0].upper() + text[1:]
@@ -323,3 +316,35 @@ def ring_rates(success: Tensor, places: Tensor, radius: int) -> NDArray[np.float
     ring = torch.maximum(down, along) == radius
     hits, sites = (success.cpu() & ring).sum((1, 2)), ring.sum((1, 2))
     return (hits[sites > 0] / sites[sites > 0]).double().numpy()
+
+
+def proven_safe(material: Material, pairs: Pairs) -> tuple[Measurement, ...]:
+    """Fractions of pixels that are proven safe, refuted and not decided, over all colors, for float32 as run.
+
+    Args:
+        material: the network, and whether the work is to be quick.
+        pairs: whose clean images are asked about; all are classified as their labels.
+
+    Returns:
+        Three measurements; none if no pixel is proven, as in networks with layers that have no bounds.
+    """
+    quick = material.quick
+    chosen = pairs[: IMAGES[quick]]
+    clean = chosen.clean
+    material.log("proving pixels safe")
+    draws = _random.uniform(_random.keys(clean, material.seed), 0, clean[0, 0].numel())
+    # The place of each pixel in a random order, which depends on the image and the seed alone.
+    ranks = draws.argsort(1).argsort(1)
+    region = (ranks < PIXELS[quick]).view(len(clean), 1, *clean.shape[2:])
+    result = certify_pixels(material.model, clean, chosen.labels, region=region, seconds=SECONDS[quick])
+    if not bool((result.status == 1).any()):
+        return ()
+    named = {
+        "pixels proven safe": result.proven_fraction,
+        "pixels with a color that fools": result.refuted_fraction,
+        "pixels not decided": result.unknown_fraction,
+    }
+    return tuple(
+        Measurement(name, *mean_interval(values.numpy(), material.seed), len(clean))
+        for name, values in named.items()
+    )

@@ -60,9 +60,8 @@ QUOTES: Mapping[str, str] = {
     "changes lie where the network looks": SEMANTIC,
 }
 FEWEST = 20  # images, for the interval of a mean
-LADDER = tuple(
-    2.0**step for step in range(-3, 5)
-)  # 1 - SSIM is quadratic in the amplitude: its budget grows by 4
+# 1 - SSIM is quadratic in the amplitude: its budget grows by 4.
+LADDER = tuple(2.0**step for step in range(-3, 5))
 
 
 class Perceptual:
