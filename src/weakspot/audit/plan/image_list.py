@@ -84,6 +84,9 @@ def list_images(
     classes = ClassIndex(tuple(class_names), class_count)
     images = {source: list(_walk(source, present[source])) for source in sorted(present)}
     root = _common_root(images)
+    folders = {
+        source: _folder_labels(present[source], group, classes, labels) for source, group in images.items()
+    }
     table = None if labels in LABELS else read_labels(Path(labels), classes)
     numbers = (
         {}
@@ -107,9 +110,8 @@ def list_images(
     named: dict[str, _Image] = {}
     # A file below two sources is listed once, by the first of them.
     for source, group in images.items():
-        by_folder = _folder_labels(present[source], group, classes, labels)
         for image in group:
-            named.setdefault(_name(image, root), with_label(image, by_folder))
+            named.setdefault(_name(image, root), with_label(image, folders[source]))
     # Sorted by name: the index of an image does not depend on the order of the disk.
     names = sorted(named)
     if limit is not None and limit < len(names):
