@@ -24,7 +24,6 @@ from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
-from weakspot.audit.plan.plan import has_robust_accuracy, limit_of, recorded_norm, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 from weakspot.statistics.number_format import percent
@@ -189,9 +188,9 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
     )
     for attack in plan.attacks:
         if attack.name != "pgd":
-            limit = limit_of(plan, attack)
+            limit = plan.limit_of(attack)
             assert (limit and limit.budget) == limits[attack.name]
-            assert has_robust_accuracy(plan, attack) == (limit is not None)
+            assert plan.has_robust_accuracy(attack) == (limit is not None)
     assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
     assert all(name == "pgd" for name in plan.bounded_attacks)
 
@@ -200,7 +199,7 @@ def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: 
     plan = Plan.from_mapping(
         {"images": str(steady / "bright"), "attacks": "fmn", "budget": "linf:8/255"}
     ).resolved()
-    assert [one.budget for one in stated_budgets(plan)] == ["linf:8/255"]
+    assert [one.budget for one in plan.limits] == ["linf:8/255"]
     assert [attack.budget for attack in plan.attacks] == [None]
     again = Plan.from_mapping(plan.as_mapping())
     assert again == plan
@@ -362,7 +361,7 @@ def test_an_attack_that_minimizes_pixels_is_compared_by_images_fooled(
     attack = Attack.of("sparse", sparse)
     monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: attack)
     assert AttackPlan("sparse").minimized_norm == "l0"
-    assert recorded_norm(AttackPlan("sparse")) is None
+    assert AttackPlan("sparse").recorded_norm is None
 
 
 def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
@@ -376,7 +375,7 @@ def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
     monkeypatch.setattr("weakspot.audit.execution.attacked_groups.find_attack", lambda _: find)
     monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: find)
     plan = plan_of(steady, AttackPlan("plugged", settings=(("steps", 30),)))
-    assert not has_robust_accuracy(plan, plan.attacks[0])  # no budget is stated at which it could be counted
+    assert not plan.has_robust_accuracy(plan.attacks[0])  # no budget is stated at which it could be counted
     curves = budget_curves(audit(plan, steady / "plugged"))
     assert len(curves)
     assert set(curves["norm"]) == {"l2"}

@@ -5,8 +5,6 @@ region? And is the region weak for this class: is it fooled more often there tha
 images? A class of few images gets its numbers and no verdict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +25,6 @@ from weakspot.audit.findings.contrasts import (
     verdict,
 )
 from weakspot.audit.findings.outcomes import attack_name, in_region, in_reported_regions
-from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.run import Run
 from weakspot.statistics import LEAST_REGION, false_discovery
 from weakspot.statistics.intervals import LEVEL
@@ -98,7 +95,7 @@ def class_contrasts(run: Run, watch: Callable[[float], None] | None = None) -> C
     order = ["weak_region", "weak_class", "gap", "fooled", "label", "attack", "region"]
     table = table.sort_values(order, ascending=[False] * 4 + [True] * 3, kind="stable", na_position="last")
     names = dict(zip(table["label"], table["name"], strict=True))
-    spelled = {one.label: attack_name(one.label, counted_budget(run.plan, one)) for one in run.plan.attacks}
+    spelled = {one.label: attack_name(one.label, run.plan.counted_budget(one)) for one in run.plan.attacks}
     sentences = _sentences_on_classes(table, spelled)
     if not any(spec.is_control for spec in run.plan.specs.values()):
         sentences.append(UNCONTROLLED)

@@ -10,8 +10,7 @@ import pandas as pd
 from weakspot.audit.findings.outcomes import in_region, quoted_name, score_names
 from weakspot.audit.findings.scores import ATTACK_SCORES
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.plan import Plan, limit_of
-from weakspot.audit.store.records import has_records
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
 from weakspot.statistics.number_format import counted, percent, points
@@ -122,7 +121,7 @@ def compare(before: Run, after: Run) -> Comparison:
         ValueError: if the runs have no image in common, a run has no records yet, or `eight_bit` differs.
     """
     for run in (before, after):
-        if not has_records(run.folder, complete=run.complete):
+        if not run.has_records:
             raise ValueError(f"{run.name} has no records yet")
     if before.eight_bit != after.eight_bit:
         raise ValueError(
@@ -244,7 +243,7 @@ def same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPl
     """Whether robust accuracy under an attack is counted at the same budget in both runs."""
     if not attack.is_minimal:
         return True
-    first, second = limit_of(plan, attack), limit_of(other_plan, other)
+    first, second = plan.limit_of(attack), other_plan.limit_of(other)
     return first is not None and second is not None and first[1:] == second[1:]  # kind and size, not the text
 
 
@@ -308,10 +307,9 @@ def _remarks(before: Run, after: Run) -> list[str]:
     for name, value in _facts(before).items():
         if value != after_facts[name]:
             remarks.append(f"{name} differs: {value} before, {after_facts[name]} after")
-    for run in (before, after):
-        remarks += [f"{run.name}: {sentence}" for sentence in ([run.shortfall] if run.shortfall else [])]
-    for run in (before, after):
-        remarks += [f"{run.name}: {sentence}" for sentence in run.remarks]
+    runs = (before, after)
+    remarks += [f"{run.name}: {run.shortfall}" for run in runs if run.shortfall]
+    remarks += [f"{run.name}: {sentence}" for run in runs for sentence in run.remarks]
     if _has_predicted_labels(before) and _has_predicted_labels(after):
         remarks.append(
             "labels are each model's own predictions: robust accuracy says whether the answer stays, not whether it is "

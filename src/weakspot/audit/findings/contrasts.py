@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import Outcomes, once_per_run, read_outcomes
-from weakspot.audit.plan.plan import Plan, recorded_norm
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import (
@@ -123,7 +123,7 @@ def comparisons(plan: Plan) -> Iterator[Compared]:
             shifted = [control.text for control in controls if control.donor is None]
             for kind, texts in ((OTHERS, drawn), (SHIFTED, shifted)):
                 if texts and not spec.is_control:
-                    yield attack.label, recorded_norm(attack), region, kind, texts
+                    yield attack.label, attack.recorded_norm, region, kind, texts
 
 
 def read_compared(run: Run, compared: Compared) -> tuple[Outcomes, float | None]:

@@ -8,9 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, once_per_run, read_cell
-from weakspot.audit.plan.attack_plan import AttackPlan, Value
-from weakspot.audit.plan.plan import NORMS, Plan, read_limit, recorded_norm
-from weakspot.audit.store.records import quoted
+from weakspot.audit.plan.attack_plan import NORMS, AttackPlan, Value, read_limit
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, proportion_interval
 
@@ -69,11 +68,11 @@ class Family(NamedTuple):
 def families(plan: Plan) -> list[Family]:
     """The curves that a plan gives in each region."""
     result = [
-        Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := recorded_norm(attack))
+        Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := attack.recorded_norm)
     ]
     groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:
-        kind = (attack.budget or "").partition(":")[0].strip().lower()
+        kind = read_limit(attack.budget).kind if attack.budget else ""
         if kind in NORMS:
             groups.setdefault((attack.name, kind, attack.settings), []).append(attack)
     for (name, kind, settings), attacks in groups.items():
@@ -152,13 +151,11 @@ def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tu
         groups = {RANDOM_EDIT: ended >= 0}
     else:
         groups = {outcome: ended == number for number, outcome in enumerate(OUTCOMES)}
-    places = {cell: place for place, cell in enumerate(run.plan.cells)}
     keys: list[tuple[object, ...]] = []
     # One column per cell, outcome and layer, NaN for images that are not in the group.
     columns = []
     for attack, region in run.plan.reported_cells:
-        # Cells are numbered region by region within each attack.
-        at = divmod(places[attack, region], len(run.plan.regions))
+        at = run.plan.attacks.index(attack), run.plan.regions.index(region)
         for outcome, members in groups.items():
             columns.append(np.where(members[:, *at, None], values[:, *at], np.nan))
             for layer, step in enumerate(stored.about["steps"], start=1):
@@ -177,12 +174,7 @@ def _outcomes(run: Run, images: int) -> NDArray[np.int8]:
     outcomes = np.full((images, len(run.plan.attacks), len(run.plan.regions)), -1, np.int8)
     for first, attack in enumerate(run.plan.attacks):
         for second, region in enumerate(run.plan.regions):
-            ended = (
-                run.sql("select * from outcomes")
-                .filter(f"attack = {quoted(attack.label)} and region = {quoted(region)}")
-                .filter("correct and fooled is not null")
-                .project('"index", fooled')
-                .df()
-            )
+            cell = read_cell(run, attack.label, region, ["index", "correct", "fooled"])
+            ended = cell[cell["correct"].fillna(False).astype(bool) & cell["fooled"].notna()]
             outcomes[ended["index"].to_numpy(), first, second] = ~ended["fooled"].astype(bool)
     return outcomes

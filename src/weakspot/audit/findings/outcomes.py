@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
@@ -35,7 +34,7 @@ class CellSummary:
         region_fraction: mean fraction of the image, over the images with a known outcome; NaN if there are none.
         images: images with a known outcome.
         robust_accuracy: fraction of these images that the attack did not fool within the budget; NaN for a
-            minimal-norm attack without a stated budget (see `weakspot.audit.plan.plan`).
+            minimal-norm attack without a stated budget (see `Plan.limit_of`).
         low: lower end of the exact 95% interval over images; NaN if robust_accuracy is.
         high: upper end.
         errors: images on which the model or an analysis failed.
@@ -89,7 +88,7 @@ def cell_summaries(run: Run) -> list[CellSummary]:
         summaries.append(
             CellSummary(
                 attack=attack.label,
-                budget=counted_budget(run.plan, attack),
+                budget=run.plan.counted_budget(attack),
                 region=region,
                 region_fraction=float(known["region_fraction"].mean()),
                 images=len(known),

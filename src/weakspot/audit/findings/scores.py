@@ -5,8 +5,6 @@ of all other images of the run. Only attacks on the whole image are tested: wher
 where it was allowed to act.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -219,7 +217,7 @@ def score_findings(run: Run) -> pd.DataFrame:
     return table
 
 
-def _against_null(finding: Finding, score: pd.Series[float], null: pd.Series[float]) -> Finding:
+def _against_null(finding: Finding, score: pd.Series, null: pd.Series) -> Finding:
     """The finding, tested against the score's null column."""
     finding = finding._replace(against=OWN_NULL)
     excess = (score - null).dropna().to_numpy(float)

@@ -11,7 +11,6 @@ import pandas as pd
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, in_region
 from weakspot.audit.findings.scores import score_findings
-from weakspot.audit.plan.plan import has_robust_accuracy
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS
 from weakspot.statistics import proportion_interval
@@ -108,7 +107,7 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     """
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
     table["budget"] = table["budget"].fillna("")
-    without = [one.label for one in run.plan.attacks if has_robust_accuracy(run.plan, one) is False]
+    without = [one.label for one in run.plan.attacks if run.plan.has_robust_accuracy(one) is False]
     table["judged"] = ~table["attack"].isin(without)
     table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
     table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))

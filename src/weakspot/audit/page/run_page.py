@@ -41,8 +41,7 @@ from weakspot.audit.page.score_sections import (
 from weakspot.audit.page.spot_section import spot_section
 from weakspot.audit.page.thumbnails import square_thumbnails, thumbnails
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.plan import has_robust_accuracy
-from weakspot.audit.store.records import has_records, quoted
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.report.rendering import base64_text, rendered
 from weakspot.statistics.number_format import counted, number, percent, with_interval
@@ -106,7 +105,7 @@ def store_run_report(run: Run) -> str:
 
 def run_report(run: Run) -> str:
     """The report as HTML. Records are counted on disk, so their number does not matter."""
-    if not has_records(run.folder, complete=run.complete):
+    if not run.has_records:
         return run_page(_header(run, None), [], _made(run), _queries(run))
     summary, places = summarize(run), weak_places(run)
     header = _header(run, summary, places)
@@ -194,7 +193,7 @@ def _queries(run: Run) -> Queries:
 def _sections(run: Run, summary: Summary, places: WeakPlaces | None) -> list[Section]:
     """All sections, in the order of the page; those without anything to show are one section, the last but one."""
     by_class, ends = class_distributions(run), extremes(run)
-    judged = [attack.label for attack in run.plan.attacks if has_robust_accuracy(run.plan, attack)]
+    judged = [attack.label for attack in run.plan.attacks if run.plan.has_robust_accuracy(attack)]
     contrasts = region_contrasts(run)
     sections = [
         spot_section(
@@ -336,8 +335,4 @@ def _made(run: Run) -> dict[str, str]:
 
 
 def _attack_settings(attack: AttackPlan) -> str:
-    settings = [
-        *([attack.budget] if attack.budget else []),
-        *(f"{key}={value}" for key, value in attack.settings),
-    ]
-    return f"{attack.label} ({', '.join(settings)})" if settings else attack.label
+    return f"{attack.label} ({', '.join(attack.stated)})" if attack.stated else attack.label

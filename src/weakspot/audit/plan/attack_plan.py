@@ -1,12 +1,17 @@
 """What a plan states about its network and its attacks."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from weakspot._checks import unknown_choice
 from weakspot.attacks import Attack, find_attack
 from weakspot.budgets import Budget, read_budget
 
+DEFAULT_BUDGET = "linf:4/255"
+NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
 Value = str | int | float | bool | None
 
 
@@ -49,6 +54,18 @@ class AttackPlan:
     settings: tuple[tuple[str, Value], ...] = ()
     label: str = ""
 
+    def resolved(self) -> AttackPlan:
+        """The same attack, with the default budget if it must have one and states none.
+
+        Raises:
+            ValueError: if there is no such attack, or it does not take its budget or settings.
+        """
+        attack = find_attack(self.name)
+        if self.budget is not None and not attack.takes_budget:
+            raise ValueError(f"budget of attack {self.name} must be left out, got {self.budget}")
+        self.own_settings()
+        return replace(self, budget=DEFAULT_BUDGET) if self.budget is None and attack.default_budget else self
+
     def own_settings(self) -> dict[str, Value]:
         """Keyword arguments of the attack's own.
 
@@ -60,6 +77,12 @@ class AttackPlan:
             if not attack.takes(key):
                 raise ValueError(unknown_choice(f"setting of attack {self.name}", key, attack.parameters))
         return dict(self.settings)
+
+    @property
+    def stated(self) -> list[str]:
+        """Its budget, if it states one, and its settings, as texts."""
+        budget = [self.budget] if self.budget else []
+        return budget + [f"{key}={value}" for key, value in self.settings]
 
     @property
     def identity(self) -> tuple[str, str | None, frozenset[tuple[str, Value]]]:
@@ -75,10 +98,6 @@ class AttackPlan:
     def takes_budget(self) -> bool:
         """Whether the attack has a parameter that limits the change."""
         return find_attack(self.name).takes_budget
-
-    def requires_budget(self) -> bool:
-        """Whether a plan that states no budget gives this attack the default one."""
-        return find_attack(self.name).default_budget
 
     @property
     def is_minimal(self) -> bool:
@@ -100,12 +119,31 @@ class AttackPlan:
         attack = self._installed()
         return None if attack is None or self.budget is not None else attack.norm(dict(self.settings))
 
+    @property
+    def recorded_norm(self) -> str | None:
+        """`minimized_norm`, if the records hold a distance in it; None otherwise."""
+        return self.minimized_norm if self.minimized_norm in NORMS else None
+
     def _installed(self) -> Attack | None:
         """The attack, or None if a finished run is read where its plug-in is not installed."""
         try:
             return find_attack(self.name)
         except ValueError:
             return None
+
+
+class Limit(NamedTuple):
+    """A stated budget: its text, its kind (linf, l2, l1, ...) and its amount."""
+
+    budget: str
+    kind: str
+    amount: float
+
+
+def read_limit(text: str) -> Limit:
+    """Parse a budget such as linf:4/255."""
+    kind = text.partition(":")[0].strip().lower()
+    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
 
 
 def with_budgets(attacks: Iterable[AttackPlan], budgets: Sequence[str]) -> tuple[AttackPlan, ...]:
@@ -138,17 +176,10 @@ def labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
     unique = list(dict.fromkeys(attacks))
     names = [attack.name for attack in unique]
     own = [attack.label or attack.name for attack in unique]
+    result = []
     for attack in unique:
         if attack.label and own.count(attack.label) > 1:
             raise ValueError(f"labels of attacks must differ, got two of {attack.label!r}")
-    return tuple(
-        attack
-        if attack.label
-        else replace(attack, label=attack.name if names.count(attack.name) == 1 else _description(attack))
-        for attack in unique
-    )
-
-
-def _description(attack: AttackPlan) -> str:
-    settings = [f"{key}={value}" for key, value in attack.settings]
-    return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])
+        more = attack.stated if names.count(attack.name) > 1 else []
+        result.append(replace(attack, label=attack.label or " ".join([attack.name, *more])))
+    return tuple(result)

@@ -13,11 +13,19 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from weakspot._checks import check_count, check_fraction, check_seed
 from weakspot._io.urls import is_url
-from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan, labeled, with_budgets
+from weakspot.audit.plan.attack_plan import (
+    NORMS,
+    AttackPlan,
+    Limit,
+    ModelPlan,
+    labeled,
+    read_limit,
+    with_budgets,
+)
 from weakspot.audit.plan.image_list import LABELS
 from weakspot.audit.plan.schema import Reader
 from weakspot.budgets import read_budget
@@ -25,8 +33,6 @@ from weakspot.datasets.labels import LABEL_FILE
 from weakspot.explanations.analysis import available_analyses, find_analyses, usual_analyses
 from weakspot.regions.spec import RegionSpec
 
-NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
-DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 OTHER_IMAGES = 5  # controls per image that are regions of other images
 
@@ -74,8 +80,8 @@ class Plan:
     stated_budgets: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        controls = len(self.regions) - len([spec for spec in self.specs.values() if not spec.is_control])
         regions = [text for text, spec in self.specs.items() if not spec.is_control]
+        controls = len(self.regions) - len(regions)
         return "\n".join(
             [
                 f"Plan(model {self.model.spec}, images from {', '.join(self.sources[:3]) or 'nowhere'})",
@@ -148,6 +154,37 @@ class Plan:
         """Labels of the attacks whose success is news; minimal-norm attacks succeed nearly always."""
         return [attack.label for attack in self.attacks if attack.is_known and not attack.is_minimal]
 
+    @property
+    def limits(self) -> list[Limit]:
+        """The different budgets that the plan or any of its attacks states."""
+        texts = [*self.stated_budgets, *(attack.budget for attack in self.attacks if attack.budget)]
+        limits: dict[tuple[str, float], Limit] = {}
+        for limit in map(read_limit, texts):
+            limits.setdefault((limit.kind, limit.amount), limit)
+        return list(limits.values())
+
+    def limit_of(self, attack: AttackPlan) -> Limit | None:
+        """The stated budget at which a minimal-norm attack is counted.
+
+        This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the
+        plan. None if no budget is stated, if several qualify, for SSIM budgets, for which the records hold no distance,
+        and if the attack is not known.
+        """
+        stated = self.limits if attack.is_known else []
+        candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
+        return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
+
+    def has_robust_accuracy(self, attack: AttackPlan) -> bool | None:
+        """False for minimal-norm attacks without a limit; None if the attack is not known."""
+        if not attack.is_known:
+            return None
+        return not attack.is_minimal or self.limit_of(attack) is not None
+
+    def counted_budget(self, attack: AttackPlan) -> str | None:
+        """The budget at which an attack's robust accuracy is counted, as text."""
+        limit = self.limit_of(attack) if attack.is_minimal else None
+        return limit.budget if limit else attack.budget
+
     def resolved(self) -> Plan:
         """The same plan with defaults filled in, without repetitions, checked as far as possible without images.
 
@@ -155,19 +192,9 @@ class Plan:
             ValueError: if something does not fit.
         """
         self._check()
-        attacks = [
-            replace(attack, budget=DEFAULT_BUDGET)
-            if attack.budget is None and attack.requires_budget()
-            else attack
-            for attack in self.attacks
-        ]
-        for attack in attacks:
-            if attack.budget is not None and not attack.takes_budget():
-                raise ValueError(f"budget of attack {attack.name} must be left out, got {attack.budget}")
-            attack.own_settings()
         return replace(
             self,
-            attacks=labeled(attacks),
+            attacks=labeled(attack.resolved() for attack in self.attacks),
             regions=self._with_controls(),
             # In the order in which they run, however the plan lists them.
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
@@ -270,56 +297,3 @@ def _within(folder: Path, path: str) -> str:
 
 def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
-
-
-class Limit(NamedTuple):
-    """A stated budget: its text, its kind (linf, l2, l1, ...) and its amount."""
-
-    budget: str
-    kind: str
-    amount: float
-
-
-def read_limit(text: str) -> Limit:
-    """Parse a budget such as linf:4/255."""
-    kind = text.partition(":")[0].strip().lower()
-    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
-
-
-def stated_budgets(plan: Plan) -> list[Limit]:
-    """The different budgets that the plan or any of its attacks states."""
-    texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
-    limits: dict[tuple[str, float], Limit] = {}
-    for limit in map(read_limit, texts):
-        limits.setdefault((limit.kind, limit.amount), limit)
-    return list(limits.values())
-
-
-def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
-    """The stated budget at which a minimal-norm attack is counted.
-
-    This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the plan.
-    None if no budget is stated, if several qualify, for SSIM budgets, for which the records hold no distance, and if
-    the attack is not known.
-    """
-    stated = stated_budgets(plan) if attack.is_known else []
-    candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
-    return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
-
-
-def recorded_norm(attack: AttackPlan) -> str | None:
-    """The norm that a minimal-norm attack minimizes, if the records hold a distance in it; None otherwise."""
-    return attack.minimized_norm if attack.minimized_norm in NORMS else None
-
-
-def has_robust_accuracy(plan: Plan, attack: AttackPlan) -> bool | None:
-    """False for minimal-norm attacks without a limit; None if the attack is not known."""
-    if not attack.is_known:
-        return None
-    return not attack.is_minimal or limit_of(plan, attack) is not None
-
-
-def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:
-    """The budget at which an attack's robust accuracy is counted, as text."""
-    limit = limit_of(plan, attack) if attack.is_minimal else None
-    return limit.budget if limit else attack.budget

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weakspot._io.files import write_atomic
-from weakspot.audit.plan.plan import Limit, Plan, limit_of
+from weakspot.audit.plan.attack_plan import Limit
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.plan.schema import Reader
 from weakspot.audit.store.digests import damaged, digest_of, digest_or_none, file_digest
 from weakspot.audit.store.run_info import RunInfo
@@ -239,18 +240,8 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def has_records(folder: Path, *, complete: bool) -> bool:
-    """Whether a run has any records: it is complete, or at least one shard is."""
-    return complete or bool(shard_files(folder))
-
-
-def read_all(folder: Path, *, complete: bool) -> pa.Table:
-    """All records: those of records.parquet if the run is complete, else those of its shards."""
-    return scan(folder, complete=complete).to_table()
-
-
 def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
-    """All records as `read_all`, read from the disk piece by piece."""
+    """All records, read from the disk piece by piece: records.parquet if the run is complete, else its shards."""
     import pyarrow.dataset as ds
 
     files = [folder / RECORDS] if complete else list(shard_files(folder).values())
@@ -267,7 +258,7 @@ def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
     """
     fooled = "success_8bit" if eight_bit else "success"
     cases = [
-        f"when {quoted(attack.label)} then {_within(limit_of(plan, attack), fooled)}"
+        f"when {quoted(attack.label)} then {_within(plan.limit_of(attack), fooled)}"
         for attack in plan.attacks
         if attack.is_minimal or not attack.is_known
     ]

@@ -24,9 +24,9 @@ from weakspot.audit.store.records import (
     SKIPPED,
     check_records,
     outcomes_query,
-    read_all,
     read_notes,
     scan,
+    shard_files,
 )
 from weakspot.audit.store.run_info import RUN_FILE, RunInfo, versions
 from weakspot.audit.store.stored_maps import MapCheck, StoredMaps
@@ -105,6 +105,11 @@ class Run:
         return self.info.complete
 
     @property
+    def has_records(self) -> bool:
+        """Whether there are any records: the audit is complete, or at least one shard is."""
+        return self.complete or bool(shard_files(self.folder))
+
+    @property
     def shortfall(self) -> str:
         """Why no final conclusion is possible, in a sentence; empty if every requested image was audited."""
         return self.info.shortfall(self.name)
@@ -128,7 +133,7 @@ class Run:
     @property
     def records(self) -> pd.DataFrame:
         """One row per image x attack x region, in the order of images; all in memory."""
-        return _frame(read_all(self._checked, complete=self.complete))
+        return _frame(scan(self._checked, complete=self.complete).to_table())
 
     @property
     def skipped(self) -> pd.DataFrame:
@@ -207,12 +212,10 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     import pyarrow as pa
 
     nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
-    columns = {}
-    for field, column in zip(table.schema, table.columns, strict=True):
-        dtype = nullable.get(field.type) if column.null_count else None
-        columns[field.name] = column.to_pandas(
-            types_mapper=None if dtype is None else {field.type: dtype}.get
-        )
+    columns = {
+        name: column.to_pandas(types_mapper=nullable.get if column.null_count else None)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
     return pd.DataFrame(columns)
 
 
