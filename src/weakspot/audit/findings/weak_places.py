@@ -11,12 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.outcomes import (
-    evenly_spread,
-    in_blocks,
-    read_cell,
-    recorded_columns,
-)
+from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, read_cell, recorded_columns
 from weakspot.audit.store.run import Run
 from weakspot.explanations.weakest_places import GRID
 from weakspot.statistics import LEAST_RUN
@@ -27,6 +22,7 @@ SQUARE = "smallest_square"  # prefix of its scores
 COLUMNS = tuple(f"{SQUARE}_{name}" for name in ("budget", "side", "fraction", "top", "left"))
 PERMUTATIONS = 999
 LEAST = 1e-9  # of a size, for its logarithm
+LEAST_DRAWN = 1e-6  # the smallest size that has a color of its own
 MAX_P = 0.05
 
 
@@ -146,6 +142,13 @@ def weak_places(run: Run) -> WeakPlaces | None:
     squares = best[["index", "image"]].assign(**places).sort_values(["side", "index"])
     budget = float(best["budget"].iloc[0])
     return WeakPlaces(cell, budget, squares.reset_index(drop=True), correct - len(best), median, weakest, p)
+
+
+def strength(sizes: NDArray[np.floating]) -> NDArray[np.floating]:
+    """How strongly each size of change is drawn, from 0 to 1: on a logarithmic scale, and less change more strongly."""
+    needed = np.log(np.clip(sizes, LEAST_DRAWN, 1))
+    drawn: NDArray[np.floating] = (needed.max() - needed) / (float(np.ptp(needed)) or 1.0)
+    return drawn
 
 
 def _estimates(run: Run, images: NDArray[np.int64], cell: tuple[int, int]) -> NDArray[np.float64]:

@@ -80,6 +80,16 @@ def _layer(mark: Spec, shared: Spec | None = None, *, data: str = "rows", **enco
     return {"data": {"name": data}, "mark": mark, "encoding": {**(shared or {}), **encoding}}
 
 
+def _squares(color: str, strength: str, text: Spec, shared: Spec) -> list[Spec]:
+    """The layers of a grid: squares in one color, drawn more strongly from 0 to 1, and a text in each."""
+    # Opacity over one color of the page is readable in light, dark and gray.
+    opacity = _field(strength, legend=None, scale={"domain": [0, 1], "range": [0.06, 0.75]})
+    return [
+        _layer({"type": "rect", "color": color}, shared, opacity=opacity),
+        _layer({"type": "text", "fontSize": 11}, shared, text=text),
+    ]
+
+
 def _rows(table: pd.DataFrame) -> list[Spec]:
     """Rows for a specification: four significant digits, None for what is not finite."""
     return [{str(key): json_number(value) for key, value in row.items()} for row in table.to_dict("records")]
@@ -234,12 +244,7 @@ def confusion_chart(title: str, confusions: pd.DataFrame) -> Chart:
             *_tooltip(fooled=""), _field("fraction", format=".1%", title="of the label's fooled images"),
         ],
     }  # fmt: skip
-    # Opacity over one color of the page is readable in light, dark and gray.
-    opacity = _field("fraction", legend=None, scale={"domain": [0, 1], "range": [0.06, 0.75]})
-    layers = [
-        _layer({"type": "rect", "color": OUTCOMES["withstood"]}, shared, opacity=opacity),
-        _layer({"type": "text", "fontSize": 11}, shared, text=_field("fooled")),
-    ]
+    layers = _squares(OUTCOMES["withstood"], "fraction", _field("fooled"), shared)
     return _chart(
         title,
         "How many images of the class in the row were classified as the class in the column after the attack; stronger "

@@ -132,17 +132,18 @@ def finding_sentences(findings: pd.DataFrame) -> list[str]:
             f"Of {counted(len(others), 'other mean score')} tested against a null value, "
             f"{differ if len(different) else 'none was shown to differ'} from it (q at most .05)."
         )
-    return sentences + [
-        f"The mean {score_title(row['score'])} of {_cell(row)} is {number(row['mean'])}; its null value is "
-        f"{number(row['null'])} (difference {_excess(row)}, {counted(int(row['compared']))})."
-        for row in different.head(2).to_dict("records")
-    ]
+    for row in different.head(2).to_dict("records"):
+        excess = _number_with_interval(row["excess"], row["excess_low"], row["excess_high"])
+        sentences.append(
+            f"The mean {score_title(row['score'])} of {_cell(row)} is {number(row['mean'])}; its null value is "
+            f"{number(row['null'])} (difference {excess}, {counted(int(row['compared']))})."
+        )
+    return sentences
 
 
-def _excess(row: Row) -> str:
-    """A difference with its interval; equal differences, and those of few images, have none."""
-    low, high = row["excess_low"], row["excess_high"]
-    return number(row["excess"]) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
+def _number_with_interval(value: float, low: float, high: float) -> str:
+    """Means of few images, and of equal ones, have no interval."""
+    return number(value) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
 def _location_sentence(findings: pd.DataFrame) -> str:
@@ -321,13 +322,9 @@ def layer_sentence(last: Sequence[tuple[Row | None, Row | None]]) -> str:
         doubt = f"Changes that fooled reach {'further' if more else 'less far'} than those of failed attacks."
     else:
         doubt = "The intervals overlap, so the difference may be chance: this measure alone does not explain success."
+    means = [_number_with_interval(row["mean"], row["low"], row["high"]) for row in (fooled, withstood)]
     return (
-        f"In the last layer ({fooled['layer']}), the {fooled['measure']} of {_cell(fooled)} is {_mean(fooled)} "
-        f"over {counted(fooled['images'])} that were fooled and {_mean(withstood)} over "
+        f"In the last layer ({fooled['layer']}), the {fooled['measure']} of {_cell(fooled)} is {means[0]} "
+        f"over {counted(fooled['images'])} that were fooled and {means[1]} over "
         f"{counted(withstood['images'])} that withstood. {doubt}"
     )
-
-
-def _mean(row: Row) -> str:
-    interval = "" if math.isnan(row["low"]) else f" [{number(row['low'])}, {number(row['high'])}]"
-    return number(row["mean"]) + interval

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.weak_places import WeakPlaces
-from weakspot.audit.page.charts import OUTCOMES, Spec, _chart, _field, _layer, _rows, _tooltip
+from weakspot.audit.findings.weak_places import WeakPlaces, strength
+from weakspot.audit.page.charts import OUTCOMES, Spec, _chart, _field, _rows, _squares, _tooltip
 from weakspot.audit.page.elements import (
     Chart,
     Column,
@@ -21,7 +21,6 @@ from weakspot.statistics.number_format import size_of_change
 
 KEY, TITLE = "spots", "Where the images are weak"
 CELL = 38  # pixels of a cell of the map
-LEAST = 1e-6  # of a size, for its logarithm
 
 
 def spot_section(
@@ -63,8 +62,6 @@ def spot_section(
 def spot_chart(places: WeakPlaces) -> Chart:
     """The median change needed in each cell, on a logarithmic scale."""
     rows, columns = places.median.shape
-    needed = np.log(np.clip(places.median, LEAST, 1))
-    strength = (needed.max() - needed) / (float(np.ptp(needed)) or 1.0)
     down, across = (axis.ravel() for axis in np.indices(places.median.shape))
     table = pd.DataFrame(
         {
@@ -73,7 +70,7 @@ def spot_chart(places: WeakPlaces) -> Chart:
             "needed": [size_of_change(size, "linf") for size in places.median.ravel()],
             # In units of 1/255, as the caption says, to fit into the cell.
             "text": [size_of_change(size, "linf").removesuffix("/255") for size in places.median.ravel()],
-            "strength": strength.ravel(),
+            "strength": strength(places.median).ravel(),
         }
     )
     shared: Spec = {
@@ -81,12 +78,7 @@ def spot_chart(places: WeakPlaces) -> Chart:
         "y": _field("row", "ordinal", title=None, axis=None),
         "tooltip": _tooltip("row", "column", "needed"),
     }
-    # Opacity over one color of the page is readable in light, dark and gray.
-    opacity = _field("strength", legend=None, scale={"domain": [0, 1], "range": [0.06, 0.75]})
-    layers = [
-        _layer({"type": "rect", "color": OUTCOMES["fooled"]}, shared, opacity=opacity),
-        _layer({"type": "text", "fontSize": 11}, shared, text=_field("text", "nominal")),
-    ]
+    layers = _squares(OUTCOMES["fooled"], "strength", _field("text", "nominal"), shared)
     chart = _chart(
         "Change needed in each place, in steps of 1/255",
         "Median over images of the change that is needed if only this part of the image may change, estimated from "

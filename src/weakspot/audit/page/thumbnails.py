@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from weakspot.audit.findings.weak_places import ESTIMATE, WeakPlaces
+from weakspot.audit.findings.weak_places import ESTIMATE, WeakPlaces, strength
 from weakspot.audit.page.elements import Row, Thumbnail, heading
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap
@@ -19,7 +19,6 @@ MAPS = ("clean", "adversarial", "importance")
 MAX_SIDE = 128  # pixels of the longer side
 EXACT = 64  # pixels up to which a picture is stored without loss and drawn with square pixels
 OUTLINE = (213, 94, 0)
-LEAST_CHANGE = 1e-6  # drawn as the strongest color
 OPACITY = 0.6  # of the color over the photograph
 
 
@@ -27,10 +26,10 @@ def thumbnails(run: Run, images: pd.DataFrame, *, by_size: bool) -> list[Thumbna
     """Thumbnails of the rows of `Extremes.easiest` or `Extremes.hardest`."""
     stored = run.maps
     maps: dict[str, StoredMap] = {name: stored[name] for name in MAPS if name in set(stored)}
-    places = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.cells)}
+    labels = [attack.label for attack in run.plan.attacks]
     result = []
     for row in images.to_dict("records"):
-        attack, region = divmod(places[row["attack"], row["region"]], len(run.plan.regions))
+        attack, region = labels.index(row["attack"]), run.plan.regions.index(row["region"])
         pictures, small = _pictures(maps, int(row["index"]), attack, region)
         result.append(Thumbnail(str(row["image"]), _caption(row, by_size=by_size), pictures, small))
     return result
@@ -44,13 +43,11 @@ def square_thumbnails(run: Run, places: WeakPlaces, count: int) -> list[Thumbnai
     for row in places.squares[places.squares["side"].notna()].head(count).to_dict("records"):
         image, side = int(row["index"]), int(row["side"])
         clean = pixels_of(stored["clean"][image])
-        # Less change needed is drawn brighter, on a logarithmic scale.
-        needed = np.log(np.clip(stored[ESTIMATE][image, *places.cell], LEAST_CHANGE, 1).astype(np.float32))
-        strength = (needed.max() - needed) / (float(np.ptp(needed)) or 1.0)
+        drawn = strength(stored[ESTIMATE][image, *places.cell].astype(np.float32))
         outlined = _outlined(clean, int(row["left"]), int(row["top"]), side)
         pictures = [("the square, outlined", outlined)]
-        if strength.max() > 0:
-            pictures.append(("estimate: brighter needs less", encoded(_overlaid(clean, strength), clean)))
+        if drawn.max() > 0:
+            pictures.append(("estimate: brighter needs less", encoded(_overlaid(clean, drawn), clean)))
         caption = f"{side} x {side} pixels, {percent(row['fraction'])} of the image"
         result.append(Thumbnail(str(row["image"]), caption, pictures, max(clean.shape[:2]) <= EXACT))
     return result
@@ -92,7 +89,7 @@ def pixels_of(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(np.rint(levels.mean(0))[..., None], 3, axis=2).astype(np.uint8)
 
 
-def _overlaid(pixels: NDArray[np.uint8], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _overlaid(pixels: NDArray[np.uint8], importance: NDArray[np.floating]) -> NDArray[np.uint8]:
     """A map (h, w) with a value above zero in color, from zero to its largest value, over the picture in gray."""
     gray = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"), dtype=np.float32)
     values = importance.clip(min=0)
