@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class LabeledImages:
 
     def subset(self, rows: Tensor) -> LabeledImages:
         """Only these rows."""
-        return replace(self, labels=self.labels[rows], pixels=_Subset(self.pixels, rows))
+        return replace(self, labels=self.labels[rows], pixels=partial(_from_subset, self.pixels, rows))
 
 
 def from_tensors(
@@ -88,7 +89,7 @@ def from_tensors(
         labels = labels.long() if labels.dtype in UNSIGNED else labels
     names = names_of_classes(labels, len(images), class_names)
     _, channels, height, width = images.shape
-    return LabeledImages(labels.long(), names, (channels, height, width), name, _InMemory(images))
+    return LabeledImages(labels.long(), names, (channels, height, width), name, partial(_from_memory, images))
 
 
 def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ def from_files(
 
     A file that cannot be read raises an error that names it: skipping it would silently change the training.
     """
-    files = _Files(tuple(paths), size, channels)
+    files = partial(_from_files, tuple(paths), size, channels)
     return LabeledImages(labels, tuple(class_names), (channels, *size), name, files, held=False)
 
 
@@ -130,40 +131,26 @@ def as_float(pixels: Tensor, layout: torch.memory_format = torch.preserve_format
     return floats.div_(255) if pixels.dtype == torch.uint8 else floats
 
 
-# Classes and not closures, because worker processes get pickled copies of them.
-@dataclass(frozen=True)
-class _InMemory:
-    tensor: Tensor
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self.tensor[rows.to(self.tensor.device)]
+# `partial` and not closures, because worker processes get pickled copies of them.
+def _from_memory(images: Tensor, rows: Tensor) -> Tensor:
+    return images[rows.to(images.device)]
 
 
-@dataclass(frozen=True)
-class _Subset:
-    pixels: Callable[[Tensor], Tensor]
-    rows: Tensor
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self.pixels(self.rows[rows])
+def _from_subset(pixels: Callable[[Tensor], Tensor], chosen: Tensor, rows: Tensor) -> Tensor:
+    return pixels(chosen[rows])
 
 
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-    size: tuple[int, int]
-    channels: int
+def _from_files(paths: Sequence[Path], size: tuple[int, int], channels: int, rows: Tensor) -> Tensor:
+    return torch.stack([_read(paths[row], size, channels) for row in rows.tolist()])
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.stack([self._read(self.paths[row]) for row in rows.tolist()])
 
-    def _read(self, path: Path) -> Tensor:
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist any more (load the data again)")
-        (picture,) = open_pictures(path, size=self.size, channels=self.channels)
-        if picture.pixels is None:
-            raise ValueError(
-                f"{path} cannot be read: {picture.remark.removesuffix('; skipped')} (remove it from the data)"
-            )
-        # Exact, because the pixels are 8-bit levels; bytes take a quarter of the memory of floats.
-        return (picture.pixels * 255).round().byte()
+def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist any more (load the data again)")
+    (picture,) = open_pictures(path, size=size, channels=channels)
+    if picture.pixels is None:
+        raise ValueError(
+            f"{path} cannot be read: {picture.remark.removesuffix('; skipped')} (remove it from the data)"
+        )
+    # Exact, because the pixels are 8-bit levels; bytes take a quarter of the memory of floats.
+    return (picture.pixels * 255).round().byte()
