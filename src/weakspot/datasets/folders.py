@@ -13,6 +13,7 @@ from weakspot.datasets.hub import read_hub
 from weakspot.datasets.labeled import LabeledImages, from_files
 
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
+SPLIT_NAMES = [name for names in SPLITS.values() for name in names]
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 FORMS = (
     "a folder of MNIST's IDX files, of CIFAR's binary files or of one folder per class, an .npz file with images and "
@@ -53,14 +54,9 @@ def read_labeled(
                 return read_idx_folder(folder, split)
             if has_cifar(folder):
                 return read_cifar_folder(folder, split)
-        if _has_class_folders(path):
+        if any(_has_classes(root) for root in (path, *(path / name for name in SPLIT_NAMES))):
             return _read_class_folders(path, split, size, channels)
     raise ValueError(f"data must be {FORMS}, got {path}")
-
-
-def _has_class_folders(folder: Path) -> bool:
-    roots = [folder, *(folder / name for names in SPLITS.values() for name in names)]
-    return any(_has_classes(root) for root in roots)
 
 
 def _read_class_folders(
@@ -111,13 +107,12 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
 
 def _class_folders(root: Path) -> list[Path]:
     """Folders in `root` that may be classes: not hidden, and not named for a split."""
-    splits = {name for names in SPLITS.values() for name in names}
     if not root.is_dir():
         return []
     return [
         path
         for path in sorted(root.iterdir())
-        if not path.name.startswith(".") and path.name not in splits and path.is_dir()
+        if not path.name.startswith(".") and path.name not in SPLIT_NAMES and path.is_dir()
     ]
 
 
