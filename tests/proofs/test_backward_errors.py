@@ -61,7 +61,7 @@ def run_with_errors(propagation: Propagation, image: Tensor, errors: dict[int, T
     """All values of the network in float64, with errors added to the results of its steps, by slot."""
     values = {0: image}
     for step in propagation.steps:
-        source = step.value if isinstance(step, LinearStep) else step.step
+        source = step.value
         given = [values[slot] for slot in source.inputs]
         if isinstance(step, LinearStep):
             result = source.run(dict(zip(source.inputs, given, strict=True)), 1, propagation._recorded)
@@ -97,7 +97,7 @@ def test_errors_at_every_step_move_margins_no_further(name: str, wide: bool) -> 
         for step in propagation.steps:
             size = rounding(step)
             if isinstance(size, Tensor):
-                slot = step.value.outputs[0] if isinstance(step, LinearStep) else step.step.outputs[0]
+                slot = step.value.outputs[0]
                 errors[slot] = size[box : box + 1].expand(1, *propagation.clean[slot].center.shape[1:])
         for color in (low[box], high[box], (low[box] + high[box]) / 2):
             edited = image.double()

@@ -55,12 +55,12 @@ def moved_by_rounding(
     intervals: dict[int, Interval] = {slot: (derivatives, torch.zeros_like(derivatives))}
     moved = derivatives.new_zeros(count, derivatives.shape[1])
     for step in reversed(steps):
-        source = step.value if isinstance(step, LinearStep) else step.step
+        inputs, result = step.value.inputs, step.value.outputs[0]
         # No margin depends on this result.
-        if source.outputs[0] not in intervals:
+        if result not in intervals:
             continue
         # All steps that read the result have been passed, so that its derivatives are complete.
-        center, radius = intervals.pop(source.outputs[0])
+        center, radius = intervals.pop(result)
         error = rounding(step)
         if isinstance(error, Tensor) or error:
             error = torch.as_tensor(error, dtype=torch.float64)
@@ -70,10 +70,10 @@ def moved_by_rounding(
         if isinstance(step, LinearStep):
             input_intervals = _before_linear(step, (center, radius), forms, recorded)
         elif isinstance(step, ClampStep):
-            input_intervals = [_before_clamp(step, (center, radius), forms[source.inputs[0]])]
+            input_intervals = [_before_clamp(step, (center, radius), forms[inputs[0]])]
         else:
-            input_intervals = [_before_maximum(step, (center, radius), forms[source.inputs[0]])]
-        for before, interval in zip(source.inputs, input_intervals, strict=True):
+            input_intervals = [_before_maximum(step, (center, radius), forms[inputs[0]])]
+        for before, interval in zip(inputs, input_intervals, strict=True):
             # Of a value that several steps read, the derivatives add up.
             other = intervals.get(before)
             intervals[before] = interval if other is None else _sum(interval, other)

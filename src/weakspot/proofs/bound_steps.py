@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from weakspot.edits.steps import Slot, Step, pair
-from weakspot.proofs.activation_steps import clamp_step, max_pool_steps
 from weakspot.proofs.linear_steps import (
     BoundStep,
     LinearStep,
     NotSupportedError,
     because,
     check_only_input,
+    clamp_step,
     convolve,
     matrix_of,
     matrix_step,
+    max_pool_steps,
 )
 from weakspot.proofs.rounding_errors import LARGEST, SMALLEST
 

@@ -167,11 +167,12 @@ class PixelCertificate:
 
         Of an image that is misclassified without a change every pixel is refuted by its own color.
         """
-        images, rows, columns = self.counterexample_pixels.unbind(1)
+        refuted = self.counterexample_pixels
+        images, rows, columns = refuted.unbind(1)
         # Indexing by numbers copies: what is written below does not reach `self.images`.
         adversarial = self.images[images]
         adversarial[torch.arange(len(images)), :, rows, columns] = self.color[images, :, rows, columns]
-        names = (f"{self.names[image]} row {row}, column {column}" for image, row, column in self._refuted)
+        names = (f"{self.names[image]} row {row}, column {column}" for image, row, column in refuted.tolist())
         return Pairs(
             self.images[images],
             adversarial,
@@ -179,11 +180,6 @@ class PixelCertificate:
             self.predicted[images, rows, columns],
             names=tuple(names) if self.names else (),
         )
-
-    @property
-    def _refuted(self) -> list[list[int]]:
-        pixels: list[list[int]] = self.counterexample_pixels.tolist()
-        return pixels
 
     def unknown_because(self) -> dict[str, int]:
         """How many pixels of the region are unknown for each reason."""

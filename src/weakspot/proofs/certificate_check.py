@@ -169,7 +169,8 @@ class _PixelCheck:
         seed: int,
         report: Progress | None,
     ) -> None:
-        self.classifier, self.certificate, self.report = classifier, certificate, report
+        self.classifier, self.certificate = classifier, certificate
+        self.report = report or (lambda _: None)
         self.sample, self.random = sample, np.random.default_rng(seed)
         self.prepared = prepare(classifier, certificate.images[:1].to(classifier.mean.device))
         self.boxes_run = self.counterexamples_run = 0
@@ -198,27 +199,20 @@ class _PixelCheck:
     def problems(self) -> Iterator[str]:
         """Everything that is wrong."""
         one = self.certificate
+        classes = predict(self.classifier, one.images[:1].to(self.classifier.mean.device)).shape[1]
         # Generators, because each part relies on what those before it found in order; what follows relies on all.
-        for part in (record_problems(one, self._class_count()), box_problems(one), cover_problems(one)):
+        for part in (record_problems(one, classes), box_problems(one), cover_problems(one)):
             if serious := [*part]:
                 yield from serious
                 return
-        self._tell(0.2)
+        self.report(0.2)
         try:
             yield from self.wrong_counterexamples()
-            self._tell(0.5)
+            self.report(0.5)
             yield from self.wrong_bounds()
         except NotSupportedError as reason:
             yield f"its bounds cannot be computed again: {reason}"
-        self._tell(1.0)
-
-    def _class_count(self) -> int:
-        one = self.certificate.images[:1].to(self.classifier.mean.device)
-        return predict(self.classifier, one).shape[1]
-
-    def _tell(self, fraction: float) -> None:
-        if self.report is not None:
-            self.report(fraction)
+        self.report(1.0)
 
     def wrong_counterexamples(self) -> Iterator[str]:
         """Counterexamples whose color is not allowed, or does not change the class."""
@@ -255,11 +249,7 @@ class _PixelCheck:
         _, rows, columns = pixels.unbind(1)
         if self.certificate.statement == AS_RUN:
             return self._runs(image).whole(rows, columns, colors)[1].cpu()
-        bounds = self._margin_bounds(image)
-        least = bounds.bounds(rows, columns, colors, colors).upper.min(1)
-        # There is no margin over the label itself: the numbers of later classes are one higher.
-        others = least.indices + (least.indices >= bounds.label)
-        return torch.where(least.values < 0, others, bounds.label)
+        return self._margin_bounds(image).certain_classes(rows, columns, colors)
 
     def wrong_bounds(self) -> Iterator[str]:
         """Boxes of the sample whose bound is lower when computed again, or that hold a color with a lower margin."""
@@ -280,7 +270,7 @@ class _PixelCheck:
                     f"a box of {pixel_name(one, part.pixels[row])} has the bound {float(part.bound[row]):.4g}, but "
                     f"{float(bounds[row]):.4g} when computed again"
                 )
-            self._tell(0.5 + 0.5 * (number + 1) / len(images))
+            self.report(0.5 + 0.5 * (number + 1) / len(images))
 
     def _bounds(self, image: int, boxes: ColorBoxes) -> Tensor:
         """(B,) bounds of boxes of one image, computed again by the method of each."""

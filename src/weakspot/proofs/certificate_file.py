@@ -91,9 +91,10 @@ class CertificateFile:
             values = _tensor(self.part(*keys), dtype, bounds=bounds)
         except (ValueError, TypeError, RuntimeError, OverflowError):
             raise self.error(f"{'.'.join(keys)} holds something else than finite numbers") from None
-        # An empty list has lost its other sides in JSON.
-        if not values.numel():
-            values = values.view([max(0, side) for side in shape]) if 0 in _sized(shape) else values
+        # An empty list has lost its other sides in JSON; a first side of any length is 0 here.
+        empty = [max(0, side) for side in shape]
+        if not values.numel() and 0 in empty:
+            values = values.view(empty)
         expected = [values.shape[0] if side == -1 and values.ndim else side for side in shape]
         if list(values.shape) != expected:
             sides = " x ".join("any" if side == -1 else str(side) for side in shape)
@@ -210,11 +211,6 @@ class CertificateFile:
         )
 
 
-def _sized(shape: Sequence[int]) -> list[int]:
-    """The shape with a first side of any length taken as empty."""
-    return [max(0, side) for side in shape]
-
-
 def _tensor(values: object, dtype: torch.dtype, *, bounds: bool) -> Tensor:
     """Nested lists of numbers as a tensor: finite ones, or null for a bound that is not known; integers are whole."""
 
@@ -227,9 +223,7 @@ def _tensor(values: object, dtype: torch.dtype, *, bounds: bool) -> Tensor:
 
     # By way of float64, so that 0.5 or 300 is refused and not cut to fit an integer type.
     precise = torch.tensor(known(values), dtype=torch.float64)
-    if dtype.is_floating_point:
-        return precise.to(dtype)
     converted = precise.to(dtype)
-    if not bool((converted.double() == precise).all()):
+    if not dtype.is_floating_point and not bool((converted.double() == precise).all()):
         raise ValueError("not whole")
     return converted

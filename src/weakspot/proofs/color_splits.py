@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weakspot.proofs.allowed_colors import TOP, eight_bit_value
-from weakspot.proofs.certificate import ENUMERATED, PER_RELU, SHARED, ColorBoxes
+from weakspot.proofs.certificate import ENUMERATED, PER_RELU, SHARED, UNKNOWN, ColorBoxes
 from weakspot.proofs.enumeration import NetworkRuns, enumerate_colors, levels_between
 from weakspot.proofs.ledger import Ledger
 from weakspot.proofs.margin_bounds import MarginBounds
@@ -21,12 +21,11 @@ AT_ONCE = 256  # boxes that are bounded at once
 DEEP_BYTES, DEEP_FIRST, DEEP_AT_ONCE = 16 * 2**20, 2, 32
 MOST_BOXES = 256  # boxes of one pixel that are bounded with such generators before it stays unknown
 LEAF = 512  # 8-bit colors of one box that are tried one by one instead of a split
+TIME_UP = "the time was up"
 WITHIN_ROUNDING = "its margin in one color is within the bound of rounding"
 WHOLE = 8192  # 8-bit colors of one pixel that are tried one by one where bounds do not decide
-TRIED, WORTHWHILE = (
-    64,
-    0.1,
-)  # after so many boxes, the cheaper bounds are left out if they prove a smaller fraction
+# After so many boxes, the cheaper bounds are left out if they prove a smaller fraction.
+TRIED, WORTHWHILE = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,8 @@ class ColorSearch:
                 self._remember(sites[part], colors[part], margins.double().cpu())
             else:
                 # In real numbers: the margin to some class is below zero for certain.
-                least = self.bounds.bounds(rows, columns, colors[part], colors[part]).upper.min(1)
-                # There is no margin over the label itself: the numbers of later classes are one higher.
-                flipped, predicted = least.values < 0, least.indices + (least.indices >= self.bounds.label)
+                predicted = self.bounds.certain_classes(rows, columns, colors[part])
+                flipped = predicted != self.bounds.label
             chosen = part[flipped]
             flips[chosen] = True
             self.ledger.refute(sites[chosen], colors[chosen], predicted[flipped])
@@ -145,7 +143,7 @@ class ColorSearch:
         boxes = OpenBoxes(sites, low, high, torch.full((len(sites),), -torch.inf, dtype=torch.float64))
         boxes, done = self._bound(boxes, deep=False)
         self.ledger.lower_bound[boxes.sites] = boxes.bound
-        self._finish(done)
+        self.ledger.prove(done)
 
     def search(self, sites: Tensor, report: Callable[[float], None]) -> None:
         """Decide the sites that `prove_at_once` left open, as far as bounds, splits and enumeration can."""
@@ -157,9 +155,10 @@ class ColorSearch:
             # The boxes of the first round have had shared generators already, in `prove_at_once`.
             if not first and (self._cheap[0] < TRIED or self._cheap[1] >= WORTHWHILE * self._cheap[0]):
                 before = len(boxes)
-                boxes = self._shared(boxes)
+                boxes = self._left_by_bounds(boxes, deep=False)
                 self._cheap = [self._cheap[0] + before, self._cheap[1] + before - len(boxes)]
-            boxes = self._per_relu(boxes)
+            self._spent.index_add_(0, boxes.sites, torch.ones_like(boxes.sites))
+            boxes = self._left_by_bounds(boxes, deep=True)
             boxes = self._test_centers(boxes)
             boxes = self._give_up(self._within_rounding(boxes))
             boxes = self._split(self._leaves(boxes))
@@ -168,14 +167,8 @@ class ColorSearch:
             report(1 - len(boxes.sites.unique()) / total)
         self._conclude(sites, boxes)
 
-    def _shared(self, boxes: OpenBoxes) -> OpenBoxes:
-        boxes, done = self._bound(boxes, deep=False)
-        self._proven.append(done)
-        return boxes
-
-    def _per_relu(self, boxes: OpenBoxes) -> OpenBoxes:
-        self._spent.index_add_(0, boxes.sites, torch.ones_like(boxes.sites))
-        boxes, done = self._bound(boxes, deep=True)
+    def _left_by_bounds(self, boxes: OpenBoxes, *, deep: bool) -> OpenBoxes:
+        boxes, done = self._bound(boxes, deep=deep)
         self._proven.append(done)
         return boxes
 
@@ -201,10 +194,6 @@ class ColorSearch:
         methods = torch.full((len(boxes),), method, dtype=torch.int8)
         return ColorBoxes(pixels, boxes.low, boxes.high, boxes.bound, methods)
 
-    def _finish(self, done: ColorBoxes) -> None:
-        if len(done):
-            self.ledger.prove(done)
-
     def _test_centers(self, boxes: OpenBoxes) -> OpenBoxes:
         """Try the center of each box, and drop the boxes of pixels that are refuted."""
         if not len(boxes) or self.late:
@@ -219,7 +208,9 @@ class ColorSearch:
         return self._still_open(boxes)
 
     def _still_open(self, boxes: OpenBoxes) -> OpenBoxes:
-        return boxes.select((self.ledger.status[boxes.sites] == 0) & (self.ledger.reason[boxes.sites] < 0))
+        return boxes.select(
+            (self.ledger.status[boxes.sites] == UNKNOWN) & (self.ledger.reason[boxes.sites] < 0)
+        )
 
     def _give_up(self, boxes: OpenBoxes) -> OpenBoxes:
         """Leave pixels that have had their number of boxes."""
@@ -234,7 +225,7 @@ class ColorSearch:
         low, high = self.ledger.box(sites)
         boxes = OpenBoxes(sites, low, high, self.ledger.lower_bound[sites])
         left, done = self._enumerate(boxes, WHOLE)
-        self._finish(done)
+        self.ledger.prove(done)
         unexplained = left.sites[self.ledger.reason[left.sites] < 0]
         if not self.late:
             self.ledger.give_up(
@@ -298,28 +289,20 @@ class ColorSearch:
         """Note the lowest bound over all boxes of sites that are given up."""
         if not len(sites):
             return
-        width, size = self.ledger.images.shape[3], self.ledger.pixels_per_image
-        numbers, values = [boxes.sites], [boxes.bound]
-        for part in self._proven:
-            numbers.append(part.pixels @ torch.tensor([size, width, 1]))
-            values.append(part.bound)
-        least = torch.full_like(self.ledger.lower_bound, torch.inf)
-        least = least.scatter_reduce(0, torch.cat(numbers), torch.cat(values), "amin")
+        owners = torch.cat([boxes.sites, *(self.ledger.sites_of(part.pixels) for part in self._proven)])
+        values = torch.cat([boxes.bound, *(part.bound for part in self._proven)])
+        least = torch.full_like(self.ledger.lower_bound, torch.inf).scatter_reduce(0, owners, values, "amin")
         self.ledger.lower_bound[sites] = torch.maximum(least, self.ledger.lower_bound)[sites]
 
     def _conclude(self, sites: Tensor, boxes: OpenBoxes) -> None:
         """Sites without an open box are proven by the boxes of theirs that were."""
-        undecided = (self.ledger.status[sites] == 0) & (self.ledger.reason[sites] < 0)
         left = boxes.sites.unique()
         self._lower(left, boxes)
-        self.ledger.give_up(left, "the time was up")
+        self.ledger.give_up(left, TIME_UP)
         proven = torch.zeros_like(self.ledger.reason, dtype=torch.bool)
-        proven[sites[undecided]] = True
-        proven[left] = False
-        size, width = self.ledger.pixels_per_image, self.ledger.images.shape[3]
+        proven[sites] = (self.ledger.status[sites] == UNKNOWN) & (self.ledger.reason[sites] < 0)
         done = ColorBoxes.concatenate([ColorBoxes.none(boxes.low.shape[1]), *self._proven])
-        chosen = proven[done.pixels @ torch.tensor([size, width, 1])]
-        self._finish(done.select(chosen))
+        self.ledger.prove(done.select(proven[self.ledger.sites_of(done.pixels)]))
 
 
 def at_once(bounds: MarginBounds, *, deep: bool) -> int:

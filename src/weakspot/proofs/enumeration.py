@@ -27,17 +27,14 @@ class NetworkRuns:
 
     Attributes:
         label: the class of the image.
-        n_forward: edits evaluated so far.
     """
 
     def __init__(self, classifier: Classifier, image: Tensor, label: Tensor, prepared: Prepared) -> None:
         self.classifier, self.image, self.label = classifier, image, label
         self.edits = Edits(classifier, image, prepared)
-        self.n_forward = 0
 
     def margins(self, rows: Tensor, columns: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) margins to 1e-4 of the range of the logits, and (M,) how near to zero is too near to trust them."""
-        self.n_forward += len(rows)
         patches = colors.to(self.image)[:, :, None, None]
         rows, columns = rows.to(self.image.device), columns.to(self.image.device)
         logits = self.edits.logits(torch.zeros_like(rows), rows, columns, patches).cpu()
@@ -47,7 +44,6 @@ class NetworkRuns:
 
     def whole(self, rows: Tensor, columns: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) margins and (M,) predicted classes of the network itself, in batches of one size."""
-        self.n_forward += len(rows)
         if not len(rows):
             return torch.zeros(0), torch.zeros(0, dtype=torch.long)
         parts = []

@@ -71,6 +71,10 @@ class Ledger:
         inside = sites % self.pixels_per_image
         return sites // self.pixels_per_image, inside // width, inside % width
 
+    def sites_of(self, pixels: Tensor) -> Tensor:
+        """Sites of pixels (M, 3), each an image, a row and a column."""
+        return pixels @ torch.tensor([self.pixels_per_image, self.images.shape[3], 1])
+
     def box(self, sites: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest allowed color (M, C) of sites."""
         owners, rows, columns = self.locate(sites)
@@ -84,8 +88,7 @@ class Ledger:
 
     def prove(self, boxes: ColorBoxes) -> None:
         """Note boxes that cover all allowed colors of the pixels that they name, in all of which nothing flips."""
-        images, rows, columns = boxes.pixels.unbind(1)
-        sites = images * self.pixels_per_image + rows * self.images.shape[3] + columns
+        sites = self.sites_of(boxes.pixels)
         self.boxes.append(boxes)
         self.status[sites] = PROVEN
         self.reason[sites] = -1

@@ -126,6 +126,13 @@ class MarginBounds:
                 margins.lower[chosen], margins.upper[chosen] = closer.lower, closer.upper
         return margins
 
+    def certain_classes(self, rows: Tensor, columns: Tensor, colors: Tensor) -> Tensor:
+        """(M,) a class whose logit exceeds the label's for certain while pixels have colors (M, C); else the label."""
+        least = self.bounds(rows, columns, colors, colors).upper.min(1)
+        # There is no margin over the label itself: the numbers of later classes are one higher.
+        others = least.indices + (least.indices >= self.label)
+        return torch.where(least.values < 0, others, self.label)
+
     @property
     def _values(self) -> int:
         """How many values the network computes for one image."""

@@ -15,7 +15,6 @@ from weakspot.edits.steps import RESHAPES, CannotRecordError, Recording, Slot, S
 from weakspot.proofs.bound_steps import bound_steps, leading_copies
 from weakspot.proofs.linear_steps import (
     BoundStep,
-    LinearStep,
     NotSupportedError,
     because,
     differences,
@@ -94,10 +93,9 @@ def _check_made(steps: Sequence[BoundStep], merged: Step | None, logits: int) ->
     """Raises NotSupportedError if a step reads a value without bounds, such as the indices of max pooling."""
     made = {0}
     for step in steps:
-        source = step.value if isinstance(step, LinearStep) else step.step
-        if not made.issuperset(source.inputs):
-            raise NotSupportedError(because(source, "on a value without bounds"))
-        made.add(source.outputs[0])
+        if not made.issuperset(step.value.inputs):
+            raise NotSupportedError(because(step.value, "on a value without bounds"))
+        made.add(step.value.outputs[0])
     if not made.issuperset(merged.inputs if merged else (logits,)):
         raise NotSupportedError("logits that are a value without bounds are not supported")
 

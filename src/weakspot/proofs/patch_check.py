@@ -134,14 +134,8 @@ class PatchCheck:
     def _logits(self, number: int, hidden: Tensor) -> Tensor:
         """(n, K) of an image with pixels hidden, bool (n, 1, H, W)."""
         image = self.certificate.images[number]
-        return self._noted(
-            torch.cat(
-                [
-                    predict(self.classifier, torch.where(some, self.fill, image))
-                    for some in hidden.split(AT_ONCE)
-                ]
-            )
-        )
+        masked = (torch.where(some, self.fill, image) for some in hidden.split(AT_ONCE))
+        return self._noted(torch.cat([predict(self.classifier, images) for images in masked]))
 
     def _noted(self, logits: Tensor) -> Tensor:
         """The logits (n, K), with the least distance of two classes noted."""

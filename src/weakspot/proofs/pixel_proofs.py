@@ -24,7 +24,7 @@ from weakspot.proofs.certificate import (
     PixelCertificate,
     network_record,
 )
-from weakspot.proofs.color_splits import ColorSearch
+from weakspot.proofs.color_splits import TIME_UP, ColorSearch
 from weakspot.proofs.enumeration import NetworkRuns
 from weakspot.proofs.ledger import Ledger
 from weakspot.proofs.linear_steps import NotSupportedError
@@ -33,7 +33,6 @@ from weakspot.proofs.network_steps import BoundNetwork, bound_network
 from weakspot.proofs.rounding_errors import float32_troubles
 
 TRIAL = 1e-3  # of the range of the logits: how far float64 may be from the network's own float32
-TIME_UP = "the time was up"
 
 
 def certify_pixels(

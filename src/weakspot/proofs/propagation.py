@@ -24,7 +24,7 @@ from weakspot.proofs.affine_forms import (
     with_fresh,
     written_out,
 )
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
+from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, NotSupportedError
 from weakspot.proofs.rounding_errors import LARGEST, MOST_TERMS, SMALLEST, TINY, gamma, own
 
 # Linear steps that are done on windows where `rules.apply` can; all others take whole maps.
@@ -84,12 +84,11 @@ class Propagation:
         values = {0: image}
         self.overflows = torch.zeros(len(image), dtype=torch.bool)
         for number, step in enumerate(self.steps):
-            source = step.value if isinstance(step, LinearStep) else step.step
-            forms = [values[slot] for slot in source.inputs]
+            forms = [values[slot] for slot in step.value.inputs]
             # Fresh generators move one value each, as these steps can use; all others take them written out.
             if isinstance(step, LinearStep) and takes_fresh(step):
                 result = self._linear(step, forms)
-                result = with_fresh(step, forms[0], result, self._sizes.get(source.inputs[0], (1, 1)))
+                result = with_fresh(step, forms[0], result, self._sizes.get(step.value.inputs[0], (1, 1)))
             elif isinstance(step, LinearStep):
                 result = self._linear(step, [written_out(form) for form in forms])
             elif isinstance(step, ClampStep):
@@ -97,12 +96,12 @@ class Propagation:
                 if self.as_run:
                     result = replace(result, radius=result.radius + limit_error(step))
             else:
-                result = self._largest(step, written_out(forms[0]))
-            values[source.outputs[0]] = result
+                result = largest(written_out(forms[0]), step.count, 1 if forms[0].tops is None else 3)
+            values[step.value.outputs[0]] = result
             if deep and len(result):
                 self.deep_bytes = max(self.deep_bytes, result.generators.nbytes // len(result))
             if not keep:
-                for slot in source.inputs:
+                for slot in step.value.inputs:
                     if self._last_use[slot] == number:
                         values.pop(slot, None)
         return values
@@ -123,10 +122,6 @@ class Propagation:
             error = self._rounding(step, sums, lambda what, part: self._on_maps(what, part, inputs))
             return error * (1 + own(step.terms))
         return limit_error(step) if isinstance(step, ClampStep) else 0.0
-
-    @staticmethod
-    def _largest(step: MaxStep, form: Form) -> Form:
-        return largest(form, step.count, 1 if form.tops is None else 3)
 
     def _linear(self, step: LinearStep, forms: Sequence[Form]) -> Form:
         forms = aligned(forms)
@@ -171,7 +166,7 @@ class Propagation:
         # There is one unchanged image, whose maps surround all windows.
         owners = torch.zeros(count, dtype=torch.long)
 
-        def windows(what: Step, part: str) -> Windows | None:
+        def windows(what: Step, part: str) -> Windows:
             # Each generator is a window of its own at the place of its box: (M * k, h, w, C).
             repeats = many if part == "generators" else 1
             spots = _repeated(places, repeats) if repeats > 1 else places
@@ -182,18 +177,16 @@ class Propagation:
             }
             maps = {slot: self._map(slot, part) for slot in slots}
             state = State(owners.repeat_interleave(repeats), maps, self._sizes, ROOM)
-            return apply(state, what, dict(values))
-
-        def run(what: Step, part: str) -> Tensor:
-            result = windows(what, part)
+            result = apply(state, what, dict(values))
             if result is None:
                 raise _NeedsWholeError
-            return result.values
+            return result
+
+        def run(what: Step, part: str) -> Tensor:
+            return windows(what, part).values
 
         try:
             center = windows(step.value, "center")
-            if center is None:
-                return None
             generators = center.values.new_zeros(count, 0, *center.values.shape[1:])
             if many:
                 generators = run(step.linear, "generators").unflatten(0, (count, many))
@@ -248,13 +241,15 @@ class Propagation:
         """The form on the whole map of a slot: outside its window nothing depends on the pixel."""
         if form.tops is None or form.lefts is None:
             return form
+        tops, lefts = form.tops, form.lefts
         count, many = form.generators.shape[:2]
         owners = torch.zeros(count, dtype=torch.long)
 
         def pasted(values: Tensor, part: str, repeats: int = 1) -> Tensor:
-            (place,) = _repeated([(form.tops, form.lefts)], repeats)
-            windows = Windows(values, *place)  # type: ignore[arg-type]
-            return as_seen(whole(windows, self._map(slot, part), owners.repeat_interleave(repeats)), "maps")
+            # Each generator is a window of its own at the place of its box.
+            spots = (numbers.repeat_interleave(repeats) for numbers in (tops, lefts, owners))
+            top, left, owner = spots
+            return as_seen(whole(Windows(values, top, left), self._map(slot, part), owner), "maps")
 
         center = pasted(form.center, "center")
         generators = center.new_zeros(count, 0, *center.shape[1:])
@@ -290,11 +285,6 @@ def _repeated(
 
 
 def _last_use(steps: Sequence[BoundStep], logits: int) -> dict[int, int]:
-    last = {}
-    for number, step in enumerate(steps):
-        source = step.value if isinstance(step, LinearStep) else step.step
-        for slot in source.inputs:
-            last[slot] = number
+    last = {slot: number for number, step in enumerate(steps) for slot in step.value.inputs}
     # Beyond the last step, so that the logits are never dropped.
-    last[logits] = len(steps)
-    return last
+    return last | {logits: len(steps)}
