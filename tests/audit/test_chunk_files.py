@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import zarr
 
-from weakspot.audit.store.chunk_files import ChunkFiles
 from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.maps import MapBlock, MapWriter
-from weakspot.audit.store.stored_maps import StoredMaps
+from weakspot.audit.store.stored_maps import ChunkFiles, StoredMaps
 
 IMAGES, SHARD = 10, 4
 ABOUT = {"kind": "picture", "title": "picture"}

@@ -17,12 +17,11 @@ from weakspot._io.urls import is_url
 from weakspot.audit.execution.opened_images import open_entries
 from weakspot.audit.page.thumbnails import encoded, pixels_of
 from weakspot.audit.plan.image_list import entries
-from weakspot.audit.store.chunk_files import ChunkFiles
 from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.maps import CLEAN, MAPS
 from weakspot.audit.store.records import LISTING
 from weakspot.audit.store.run import Run
-from weakspot.audit.store.stored_maps import StoredMap, StoredMaps
+from weakspot.audit.store.stored_maps import ChunkFiles, StoredMap, StoredMaps
 from weakspot.classifier import Classifier
 
 ADVERSARIAL, CHANGE = "adversarial", "change"
