@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.proofs.architectures import ARCHITECTURES
 from tests.proofs.test_enumeration import brute_force, weakened
 from weakspot import certify_pixels, explain
 from weakspot.proofs.certificate import AS_RUN, EXACT
+from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
 
 STATEMENTS = pytest.mark.parametrize("statement", [AS_RUN, EXACT])
@@ -132,6 +134,19 @@ def test_a_margin_within_rounding_is_proven_in_exact_arithmetic_alone() -> None:
     assert float(exact.lower_bound.max()) <= 1.0001e-7
     as_run = certify_pixels(network, gray_image(), torch.tensor([0]), statement=AS_RUN)
     assert not bool((as_run.status == 1).any())
+
+
+def test_more_images_may_have_their_own_reason_than_int8_counts(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    network[1].weight.data, network[1].bias.data = torch.full((2, 4), 1e4), torch.tensor([1e-2, 0.0])
+    images = torch.linspace(0.1, 1, 260).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    result = certify_pixels(network, images, network(images).argmax(1), colors=8 / 255)
+    unknown = result.reason[result.status == 0]
+    # The bound of rounding grows with the values of an image and is a part of its reason.
+    assert len(result.reasons) > 128
+    assert bool(((unknown >= 0) & (unknown < len(result.reasons))).all())
+    read = CertificateFile.open(result.to_json(tmp_path / "many.json")).pixel_certificate(images)
+    assert torch.equal(read.reason, result.reason)
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)

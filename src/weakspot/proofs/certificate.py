@@ -99,7 +99,7 @@ class PixelCertificate:
             where none is known.
         color: (N, C, H, W) the color that refutes; the image's own elsewhere.
         predicted: (N, H, W) the class of the image with that color; -1 where not refuted.
-        reason: (N, H, W) int8, a number of `reasons` where the status is unknown, else -1.
+        reason: (N, H, W) int16, a number of `reasons` where the status is unknown, else -1.
         reasons: why a pixel is unknown, in words.
         boxes: the boxes that cover the colors of the proven pixels.
         colors: which colors were allowed.

@@ -168,7 +168,7 @@ class CertificateFile:
             lower_bound=self.tensor(area, torch.float64, "lower_bound", bounds=True),
             color=color,
             predicted=predicted,
-            reason=self.tensor(area, torch.int8, "reason"),
+            reason=self.tensor(area, torch.int16, "reason"),
             reasons=tuple(self.texts("reasons")),
             boxes=self._boxes(channels),
             colors=AllowedColors(float(radius), eight_bit),

@@ -24,7 +24,7 @@ class Ledger:
         lower_bound: (N * H * W,) float64.
         color: (N * H * W, C).
         predicted: (N * H * W,).
-        reason: (N * H * W,) int8.
+        reason: (N * H * W,) int16: each image may have a reason of its own.
         reasons: in words.
         boxes: of the proven pixels.
     """
@@ -49,7 +49,7 @@ class Ledger:
         # (N * H * W, C): the channels of each site, in reading order.
         self.color = self.images.permute(0, 2, 3, 1).reshape(sites, -1).clone()
         self.predicted = torch.full((sites,), -1)
-        self.reason = torch.full((sites,), -1, dtype=torch.int8)
+        self.reason = torch.full((sites,), -1, dtype=torch.int16)
 
     @property
     def pixels_per_image(self) -> int:
