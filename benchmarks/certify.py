@@ -49,13 +49,12 @@ Case = tuple[nn.Module, Tensor, Tensor]
 Result = dict[str, Any]
 MASKS = "efficientnet_lite0_masks"
 PATCH = 0.02
-SAMPLE = 64
 GRAYS = torch.arange(256).float() / 255
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a network, the colors and what a proof is about; `SAMPLE` pixels of each image if `sparse`.
+    """A row of the table: a network, the colors, what a proof is about, and how many pixels of each image if not all.
 
     The pixels are drawn at random: strides of the network make pixels of a regular grid alike.
     """
@@ -63,7 +62,7 @@ class Row:
     network: str
     colors: str = "full"
     statement: str = AS_RUN
-    sparse: bool = False
+    pixels: int | None = None
 
 
 MNIST = ("cnn_a_adv", "cnn_pgd_eps0.3", "cnn_fgsm_eps0.3", "convex_eps0.1", "conv_small_nat")
@@ -79,11 +78,12 @@ ROWS = {
         for name in ("conv_small_pgd", "resnet2b_adv", "resnet4b_adv")
     },
     **{
-        f"cifar10_{name}_exact_64": Row(f"cifar10_{name}", statement=EXACT, sparse=True)
+        f"cifar10_{name}_exact_64": Row(f"cifar10_{name}", statement=EXACT, pixels=64)
         for name in ("resnet2b_adv", "resnet4b_adv")
     },
-    "cifar10_resnet20_8bit": Row("cifar10_resnet20", "8bit:8/255", sparse=True),
-    "cifar10_resnet20_exact": Row("cifar10_resnet20", "8/255", EXACT, sparse=True),
+    "cifar10_resnet20_8bit": Row("cifar10_resnet20", "8bit:8/255", pixels=64),
+    "cifar10_resnet20_8bit_1": Row("cifar10_resnet20", "8bit:8/255", pixels=1),
+    "cifar10_resnet20_exact": Row("cifar10_resnet20", "8/255", EXACT, pixels=64),
 }
 
 
@@ -124,12 +124,14 @@ def disagreements(model: nn.Module, image: Tensor, label: int, certificate: Pixe
     return wrong
 
 
-def certify_one(row: Row, case: Case, seconds: float | None, *, brute: bool) -> dict[str, object]:
-    """What is decided on all pixels of an image."""
+def certify_one(row: Row, case: Case, seed: int, seconds: float | None, *, brute: bool) -> dict[str, object]:
+    """What is decided on all pixels of an image, or on those that the seed draws."""
     model, image, label = case
     region = None
-    if row.sparse:
-        drawn = torch.randperm(image[0, 0].numel(), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    if row.pixels is not None:
+        drawn = torch.randperm(image[0, 0].numel(), generator=torch.Generator().manual_seed(seed))[
+            : row.pixels
+        ]
         region = torch.zeros(1, 1, *image.shape[2:], dtype=torch.bool)
         region.view(-1)[drawn] = True
     made: list[PixelCertificate] = []
@@ -204,7 +206,7 @@ def measure(name: str, given: argparse.Namespace) -> list[Result]:
         result = (
             mask_one(case)
             if name == MASKS
-            else certify_one(ROWS[name], case, given.seconds, brute=given.brute)
+            else certify_one(ROWS[name], case, number, given.seconds, brute=given.brute)
         )
         results.append({"row": name, "image": number, **result})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
