@@ -15,21 +15,8 @@ from weakspot.edits.steps import SITEWISE, Slot, Step, Values, filled
 from weakspot.edits.windows import AxisOrder, Windows, joined
 
 PAIRWISE = {
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "maximum",
-    "minimum",
-    "gt",
-    "lt",
-    "ge",
-    "le",
-    "eq",
-    "ne",
-    "where",
-}
+    "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "gt", "lt", "ge", "le", "eq", "ne", "where",
+}  # fmt: skip
 NORMS = {
     "native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "cudnn_batch_norm",
 }  # fmt: skip
