@@ -13,8 +13,8 @@ from tests.proofs.architectures import ARCHITECTURES, plain
 from tests.proofs.test_bounds import bounds_of, random_boxes
 from weakspot import certify_pixels
 from weakspot.proofs.affine_forms import Form
+from weakspot.proofs.affine_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
 from weakspot.proofs.backward_errors import _before_linear, _before_maximum, moved_by_rounding
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds, Margins, _form_of
 from weakspot.proofs.propagation import Propagation
 from weakspot.proofs.rounding_errors import gamma

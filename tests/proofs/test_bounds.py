@@ -14,7 +14,7 @@ from weakspot import certify_pixels
 from weakspot.classifier import evaluating
 from weakspot.proofs import propagation
 from weakspot.proofs.affine_forms import Form, clamped, largest, point, written_out
-from weakspot.proofs.linear_steps import NotSupportedError
+from weakspot.proofs.affine_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
 from weakspot.proofs.network_steps import bound_network
 from weakspot.proofs.pixel_proofs import check_trial

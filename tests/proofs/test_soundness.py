@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from weakspot import certify_pixels
 from weakspot._checks import NotFiniteError
 from weakspot.classifier import evaluating
-from weakspot.proofs.linear_steps import NotSupportedError
+from weakspot.proofs.affine_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import bound_network
 from weakspot.proofs.pixel_proofs import check_trial

@@ -16,7 +16,7 @@ from weakspot.classifier import evaluating
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, Send, finite, floats, with_cautions
 from weakspot.proofs import certify_pixels
-from weakspot.proofs.linear_steps import NotSupportedError
+from weakspot.proofs.affine_steps import NotSupportedError
 from weakspot.proofs.network_steps import bound_network
 from weakspot.proofs.rounding_errors import float32_troubles
 from weakspot.proofs.sentences import pixel_sentence

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weakspot.edits.steps import pair
-from weakspot.proofs.linear_steps import LinearStep
+from weakspot.proofs.affine_steps import LinearStep
 from weakspot.proofs.rounding_errors import TINY
 
 # The spacing of float64 at 1: one rounding is off by at most half of it, relative to the result.

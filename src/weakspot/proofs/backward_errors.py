@@ -25,7 +25,7 @@ from torch import Tensor
 
 from weakspot.edits.steps import Step
 from weakspot.proofs.affine_forms import Form
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep
+from weakspot.proofs.affine_steps import BoundStep, ClampStep, LinearStep, MaxStep
 from weakspot.proofs.rounding_errors import TINY, own
 
 Interval = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weakspot.edits.steps import Slot, Step, pair
-from weakspot.proofs.linear_steps import (
+from weakspot.proofs.affine_steps import (
     BoundStep,
     LinearStep,
     NotSupportedError,

@@ -16,6 +16,7 @@ from weakspot._checks import check_count, check_seed
 from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import prepare
+from weakspot.proofs.affine_steps import NotSupportedError
 from weakspot.proofs.allowed_colors import eight_bit_value, float32_below
 from weakspot.proofs.certificate import (
     AS_RUN,
@@ -33,7 +34,6 @@ from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.color_splits import box_bounds
 from weakspot.proofs.cover_check import box_problems, cover_problems, pixel_name, proves, record_problems
 from weakspot.proofs.enumeration import NetworkRuns, enumerate_colors, levels_between
-from weakspot.proofs.linear_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import BoundNetwork, bound_network
 from weakspot.proofs.patch_check import PatchCheck

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from weakspot.proofs.affine_forms import Form, written_out
+from weakspot.proofs.affine_steps import differences
 from weakspot.proofs.backward_errors import moved_by_rounding
-from weakspot.proofs.linear_steps import differences
 from weakspot.proofs.network_steps import BoundNetwork
 from weakspot.proofs.propagation import Propagation
 from weakspot.proofs.rounding_errors import TINY, own

@@ -12,14 +12,14 @@ from weakspot._checks import quiet
 from weakspot.classifier import Classifier
 from weakspot.edits.recording import record
 from weakspot.edits.steps import RESHAPES, CannotRecordError, Recording, Slot, Step, filled
-from weakspot.proofs.bound_steps import bound_steps, leading_copies
-from weakspot.proofs.linear_steps import (
+from weakspot.proofs.affine_steps import (
     BoundStep,
     NotSupportedError,
     because,
     differences,
     matrix_of,
 )
+from weakspot.proofs.bound_steps import bound_steps, leading_copies
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from weakspot._progress import Progress, ProgressOption, part, shown
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import Prepared, prepare
 from weakspot.edits.engine import edited_images
+from weakspot.proofs.affine_steps import NotSupportedError
 from weakspot.proofs.allowed_colors import AllowedColors, float32_below, parse_colors
 from weakspot.proofs.certificate import (
     AS_RUN,
@@ -27,7 +28,6 @@ from weakspot.proofs.certificate import (
 from weakspot.proofs.color_splits import TIME_UP, ColorSearch
 from weakspot.proofs.enumeration import NetworkRuns
 from weakspot.proofs.ledger import Ledger
-from weakspot.proofs.linear_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import BoundNetwork, bound_network
 from weakspot.proofs.rounding_errors import float32_troubles

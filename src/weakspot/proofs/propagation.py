@@ -24,7 +24,7 @@ from weakspot.proofs.affine_forms import (
     with_fresh,
     written_out,
 )
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, NotSupportedError
+from weakspot.proofs.affine_steps import BoundStep, ClampStep, LinearStep, NotSupportedError
 from weakspot.proofs.rounding_errors import LARGEST, MOST_TERMS, SMALLEST, TINY, gamma, own
 
 # Linear steps that are done on windows where `rules.apply` can; all others take whole maps.
