@@ -116,6 +116,8 @@ def test_8bit_colors_of_a_box_are_all_and_only_those_inside() -> None:
     ("arguments", "message"),
     [
         ({"colors": "half"}, 'colors must be "full", "8bit", a radius'),
+        # A number whose digits would fill the memory.
+        ({"colors": "1e99999999"}, 'colors must be "full", "8bit", a radius'),
         ({"colors": 8.0}, r"did you mean 8/255\?"),
         ({"colors": "8bit:1/500"}, "at least 1/255"),
         ({"seconds": 0}, "seconds must be a number above 0"),

@@ -39,6 +39,20 @@ BUDGETS = {
 }
 
 
+def read_amount(text: str) -> float:
+    """A number or a fraction; raises ValueError if the text is neither.
+
+    >>> read_amount("0.5"), read_amount("1/4")
+    (0.5, 0.25)
+    """
+    number = text.strip().lower()
+    try:
+        # No exponents of many digits: Fraction would write out all their zeros.
+        return float(Fraction(number)) if len(number.partition("e")[2]) <= 4 else float(number)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"amount must be a number or a fraction, got {text!r}") from error
+
+
 def read_budget(text: str) -> Budget:
     """Parse a budget.
 
@@ -57,9 +71,8 @@ def read_budget(text: str) -> Budget:
     if kind not in BUDGETS:
         raise ValueError(unknown_choice("budget kind", kind, BUDGETS))
     try:
-        # No exponents of many digits: Fraction would write out all their zeros.
-        eps = float(Fraction(amount.strip())) if len(amount.partition("e")[2]) <= 4 else float(amount)
-    except (ValueError, ZeroDivisionError, OverflowError):
+        eps = read_amount(amount)
+    except ValueError:
         raise ValueError(
             f"budget must end with a number or a fraction, got {text!r} (for example linf:4/255)"
         ) from None

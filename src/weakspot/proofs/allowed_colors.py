@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from weakspot._checks import is_number
+from weakspot.budgets.parse import read_amount
 
 TOP = 255  # the highest of the 256 levels
 # A radius such as 8/255 is rounded, and so are the levels of an image: less than this of a level is rounding.
@@ -92,8 +92,8 @@ def parse_colors(colors: str | float | AllowedColors) -> AllowedColors:
 
 def _radius(value: object) -> float:
     try:
-        radius = float(value) if is_number(value) else float(Fraction(str(value).strip()))  # type: ignore[arg-type]
-    except (ValueError, ZeroDivisionError, OverflowError):
+        radius = float(value) if is_number(value) else read_amount(str(value))  # type: ignore[arg-type]
+    except (ValueError, OverflowError):
         radius = math.nan
     if not math.isfinite(radius):
         raise ValueError(
