@@ -1,7 +1,6 @@
 """LocalEdits: exact logits of an image under many small edits, by windows or whole images, whichever is less work."""
 
 import math
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -10,6 +9,7 @@ from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from weakspot._checks import check_batch_size, check_range
+from weakspot._progress import Progress
 from weakspot._state import DispatchMode
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, Prepared, edited_images, evenly, prepare
@@ -21,7 +21,6 @@ INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 WORTH = 1.3  # least ratio of multiplications; that of time is larger (`benchmarks/edits.py`)
 FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, CannotRecordError)
 RANKS = 6  # classes of distance to the border, down and along, at most
-Progress = Callable[[float], None]
 
 
 class Edits:
