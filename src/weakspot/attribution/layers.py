@@ -136,10 +136,13 @@ class Layer:
         run with gradients on, like `find_layer`: without them some modules take other paths.
         """
         seen: list[Tensor] = []
+
+        def append(output: Tensor) -> Tensor:
+            seen.append(output)
+            return output.clone()
+
         if self.module is None:
-            calls = Calls(
-                lambda number, output, *_: self._append(seen, output) if number == self.call else output
-            )
+            calls = Calls(lambda number, output, *_: append(output) if number == self.call else output)
             with calls.counted(self.root):
                 yield seen
             return
@@ -148,16 +151,11 @@ class Layer:
             tensor = first_tensor(output)
             if tensor is None:
                 return output
-            copy = self._append(seen, tensor)
+            copy = append(tensor)
             return copy if tensor is output else output
 
         with hooked(self.module, hook):
             yield seen
-
-    @staticmethod
-    def _append(seen: list[Tensor], output: Tensor) -> Tensor:
-        seen.append(output)
-        return output.clone()
 
 
 def find_layer(
