@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, check_classes, warn_once
+from weakspot._checks import ModelWarning, warn_once
 from weakspot._io.files import write_atomic
 from weakspot._memory import remembering
 from weakspot._progress import ProgressOption, shown
@@ -247,8 +247,6 @@ def _base_scores(classifier: Classifier, pairs: Pairs, names: Sequence[str]) -> 
     import pandas as pd
 
     clean, adversarial = predict(classifier, pairs.clean), predict(classifier, pairs.adversarial)
-    for name, classes in (("labels", pairs.labels), ("targets", pairs.targets)):
-        check_classes(classes, len(pairs), clean.shape[1], name=name)
     if len(classifier.class_names) not in {0, clean.shape[1]}:
         raise ValueError(
             f"class_names must have {clean.shape[1]} names, one for each class of {classifier.name}, got "

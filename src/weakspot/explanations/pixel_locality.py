@@ -297,9 +297,7 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
 
 def _moved(model: nn.Module, pairs: Pairs, one_pixel: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Rates (N,) by radius, NaN for pairs that differ in more than one pixel, and the map of `MOVED` (N, 1, H, W)."""
-    chosen = Pairs(
-        *(part[one_pixel] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets))
-    )
+    chosen = pairs[one_pixel]
     result = locality(model, chosen, seed=seed)
     site = (chosen.perturbation != 0).any(1).flatten(1).long().argmax(1)
     rings = _rings(site, result.success.shape[1:])

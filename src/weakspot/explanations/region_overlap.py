@@ -170,7 +170,6 @@ def overlap(
     check_fraction(fraction)
     check_seed(seed)
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
         scores = isinstance(importance, Tensor)
         others = other_images(classifier, pairs, reference if compare else None, scores=scores)
         pairs = prepare_pairs(classifier, pairs)
