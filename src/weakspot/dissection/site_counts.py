@@ -167,7 +167,7 @@ class TopValues:
             stored = math.ceil(quantile * sites / self.every * 1.25) + 8  # a random sample can hold more
         self.stored = min(sites, stored)
         self.seen, self.counted = 0, 0
-        self._values: Tensor | None = None
+        self._values = torch.empty(0)
 
     def add(self, maps: Tensor) -> None:
         """Add maps (N, U, h, w) of the next N images."""
@@ -179,14 +179,12 @@ class TopValues:
         self.counted += values.shape[1]
         # Keep the largest values of each batch, then of all batches together: memory stays constant.
         best = values.topk(min(self.stored, values.shape[1]), 1).values
-        if self._values is not None:
+        if len(self._values):
             best = torch.cat([self._values, best], 1)
         self._values = best.topk(min(self.stored, best.shape[1]), 1).values
 
     def thresholds(self) -> Tensor:
         """(U,) the quantile, interpolated between the two nearest values; the stored values are in descending order."""
-        if self._values is None:
-            raise ValueError("images must hold at least one image, got none")
         # The quantile of n values lies at position q (n - 1) from the top; memory may hold fewer.
         position = min(self.quantile * (self.counted - 1), self._values.shape[1] - 1.0)
         low = math.floor(position)
