@@ -1,7 +1,5 @@
 """What a running attack has tried so far on both sides of a pair, step by step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The bench: images, their pairs and the answers to what a page asks about them."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import OrderedDict

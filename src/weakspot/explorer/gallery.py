@@ -4,8 +4,6 @@ Every answer is bounded, whatever the number of records: a page of rows, the bin
 values.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The gallery's requests at the desk, with the bench beside them or without a model."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch

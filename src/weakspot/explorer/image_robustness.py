@@ -1,7 +1,5 @@
 """How robust the clean image is: its weak-spot map, and the certificate of each pixel of a mask, changed alone."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

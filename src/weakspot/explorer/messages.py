@@ -1,7 +1,5 @@
 """Messages between page and server: checked requests, and pictures, masks and arrays as text."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

@@ -1,7 +1,5 @@
 """The bench in a cell of a notebook: a widget whose messages take the place of the server, so no port is opened."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What explains a pair: the report's panels on it, what it changes in each layer beside a random edit, single units."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import weakref

@@ -1,7 +1,5 @@
 """Edits of a place by hand, and the decision then: another color, a map of such edits, an attack that is erased."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial

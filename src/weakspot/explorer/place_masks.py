@@ -1,7 +1,5 @@
 """Masks that the bench can propose, and the place of equal area that a mask is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

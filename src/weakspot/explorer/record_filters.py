@@ -4,8 +4,6 @@ Names of columns are compared with those that exist, and every value travels as 
 sends becomes part of the SQL.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Pictures of records: small ones for the page, and the image itself for the bench."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 What is typed is one SELECT on the tables of a run, bounded in time, memory and rows.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence

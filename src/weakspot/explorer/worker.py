@@ -7,8 +7,6 @@ attack, probes and short requests are answered. A part of background work that a
 and begins again later.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time
