@@ -1,6 +1,6 @@
 """Audits: attacks on many images in many regions, stored in a run that can be resumed, queried and compared."""
 
-from weakspot.audit.execution.lifecycle import AuditProgress, SessionOptions, audit, resume
+from weakspot.audit.execution.lifecycle import AuditInterrupt, AuditProgress, SessionOptions, audit, resume
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
@@ -9,7 +9,7 @@ from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.run_page import write_run_report
 from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan
 from weakspot.audit.plan.plan import Plan, read_plan
-from weakspot.audit.store.digests import AuditInterrupt, StoppedError
+from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run import Run, open_run, write_run
 
 __all__ = [

@@ -5,6 +5,7 @@ Order of writes, so that a crash at any point loses seconds of work: the list of
 are atomic and durable.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -27,7 +28,7 @@ from weakspot.audit.execution.preparation import (
     recover,
 )
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.digests import AuditInterrupt, DamagedError, StoppedError, enumerated
+from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
 from weakspot.audit.store.maps import MAPS
 from weakspot.audit.store.records import (
     LISTING,
@@ -47,6 +48,21 @@ from weakspot.audit.store.unfinished import UNFINISHED
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives
 OUTPUTS = (RUN_FILE, LISTING, RECORDS, SKIPPED, SHARDS, UNFINISHED, MAPS)
+
+
+class AuditInterrupt(KeyboardInterrupt):
+    """An audit was interrupted; what was done before is saved.
+
+    Attributes:
+        saved: number of attacks whose records are saved.
+    """
+
+    def __init__(self, saved: int, planned: int, name: str) -> None:
+        super().__init__(
+            f"{saved:,} of {planned:,} planned attacks are saved; resume with weakspot audit --resume "
+            f"{shlex.quote(name)}"
+        )
+        self.saved = saved
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ def audit(plan: Plan, out: Path | str, **session: Unpack[SessionOptions]) -> Run
                     (folder / LOCK).unlink(missing_ok=True)
                     folder.rmdir()
                 raise
-            return _carry_out(job, Ledger(store, job, info), engine, session)
+            return _carry_out(Ledger(store, job, info), engine, session)
 
 
 def resume(out: Path | str, **session: Unpack[SessionOptions]) -> Run:
@@ -161,7 +177,7 @@ def _resume(store: LocalStore, session: SessionOptions) -> Run:
                 info, plan=info.plan.resolved(), command=info.command or session.get("command", "")
             )
             job, info = prepare(planned, folder)
-            return _carry_out(job, Ledger(store, job, info), engine, session)
+            return _carry_out(Ledger(store, job, info), engine, session)
     listing, damage = read_listing(folder, info), find_damage(store)
     # Shards and maps are intact; only the compacted tables can still be damaged.
     if info.complete and not damage:
@@ -180,18 +196,19 @@ def _resume(store: LocalStore, session: SessionOptions) -> Run:
         if remarks or info.status != "running":  # no needless write: any can meet a full disk
             info = replace(info, status="running", missing=None).with_remarks(remarks)
             info.write(folder)
-        return _carry_out(job, Ledger(store, job, info, kept), engine, session)
+        return _carry_out(Ledger(store, job, info, kept), engine, session)
 
 
 def _open_engine(session: SessionOptions) -> AbstractContextManager[Engine]:
     return open_engine(session.get("engine", "local"), session.get("workers"), session.get("address"))
 
 
-def _carry_out(job: Job, ledger: Ledger, engine: Engine, session: SessionOptions) -> Run:
+def _carry_out(ledger: Ledger, engine: Engine, session: SessionOptions) -> Run:
     """Compute and store every group that is left, then finish the run."""
     # A remote run becomes resumable before its first results are sent.
     ledger.store.save_info()
-    watch, cells = session.get("watch"), len(job.plan.cells)
+    job, watch = ledger.job, session.get("watch")
+    cells = len(job.plan.cells)
     started, before = time.perf_counter(), ledger.done
 
     def report(attacks: float = 0.0) -> None:

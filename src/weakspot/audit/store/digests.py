@@ -1,7 +1,6 @@
 """Digests of stored content, and the errors of runs that are damaged or cannot continue."""
 
 import hashlib
-import shlex
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,6 @@ class StoppedError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are pickled as their positional arguments alone, which do not suffice to make this one.
         return partial(StoppedError, resumable=self.resumable), self.args
-
-
-class AuditInterrupt(KeyboardInterrupt):
-    """An audit was interrupted; what was done before is saved.
-
-    Attributes:
-        saved: number of attacks whose records are saved.
-    """
-
-    def __init__(self, saved: int, planned: int, name: str) -> None:
-        super().__init__(
-            f"{saved:,} of {planned:,} planned attacks are saved; resume with weakspot audit --resume "
-            f"{shlex.quote(name)}"
-        )
-        self.saved = saved
 
 
 def digest_of(content: bytes | memoryview, number: int | None = None) -> str:
@@ -85,8 +69,8 @@ def damaged(where: str, names: Sequence[str]) -> DamagedError:
     )
 
 
-def enumerated(names: Iterable[str], most: int = NAMED) -> str:
+def enumerated(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
