@@ -45,12 +45,8 @@ SHARD_IMAGES = (16, 128)  # fewer cost more overhead; more have maps that do not
 SHARD_PIXELS = 32 * 128 * 128  # of the images of a shard
 LARGEST_GROUP = 16  # larger ones are no faster on CPUs and waste more of the last, partly filled group
 GROUP_FLOPS = 1e11  # of a group under one attack: 10 s on a CPU that does 10 GFLOP per second
-COUNTS = (
-    "steps",
-    "restarts",
-    "generations",
-    "population",
-)  # the product of these settings is a number of passes
+# The product of these settings is a number of passes.
+COUNTS = ("steps", "restarts", "generations", "population")
 USUAL_PASSES = 100  # of an attack with none of these settings
 BACKWARD = 3  # a pass forward and backward costs as much as three forward
 ANALYSIS_PIXELS = 1024  # an analysis edits an image in cells: one pass for so many pixels

@@ -164,10 +164,8 @@ def _open(entry: Entry, classifier: Classifier) -> Content:
         (picture,) = open_pictures(path, size=classifier.input_size, channels=classifier.channels)
         # The digest reads to the end: if the system cannot deliver the rest of the file, it is missing, not damaged.
         return picture.pixels, file_digest(path), picture.remark
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: it is a folder by now, which holds any number of pictures
+    # ValueError: it is a folder by now, which holds any number of pictures.
+    except (OSError, ValueError) as error:
         raise MissingError(_reason(error)) from error
 
 

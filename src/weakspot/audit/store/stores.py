@@ -11,28 +11,13 @@ from typing import ParamSpec, TypeVar
 from weakspot._checks import first_line
 from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import MAPS, drop_maps
-from weakspot.audit.store.records import (
-    LISTING,
-    RECORDS,
-    SHARDS,
-    SKIPPED,
-    shard_files,
-    shard_number,
-)
+from weakspot.audit.store.records import LISTING, RECORDS, SHARDS, SKIPPED, shard_files, shard_number
 from weakspot.audit.store.run_info import RUN_FILE
 from weakspot.audit.store.unfinished import SUFFIX, UNFINISHED, remove_unfinished, unfinished_files
 
 DRAFT = ".part"
-ATOMIC = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "abfs",
-    "abfss",
-    "az",
-    "memory",
-}  # an upload appears as a whole or not at all
+# Protocols by which an upload appears as a whole or not at all.
+ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 P = ParamSpec("P")
 T = TypeVar("T")
 

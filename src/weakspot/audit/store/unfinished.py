@@ -129,16 +129,11 @@ def read_unfinished(path: Path) -> list[GroupResult]:
     with safe_open(path, "numpy") as file:
         names = set(file.keys())
         for number, facts in enumerate(json.loads(file.metadata()["groups"])):
-
-            def array(kind: str, name: str, number: int = number) -> Values | None:
-                # The number is a default of the function, so that it is that of this turn of the loop.
-                place = f"{number}/{kind}/{name}"
-                return file.get_tensor(place) if place in names else None
-
-            blocks = {
-                name: MapBlock(file.get_tensor(f"{number}/values/{name}"), about, array("scale", name))
-                for name, about in facts["about"].items()
-            }
+            blocks = {}
+            for name, about in facts["about"].items():
+                place = f"{number}/scale/{name}"
+                scale = file.get_tensor(place) if place in names else None
+                blocks[name] = MapBlock(file.get_tensor(f"{number}/values/{name}"), about, scale)
             rows = pa.ipc.open_stream(pa.py_buffer(file.get_tensor(f"{number}/rows").tobytes())).read_all()
             seen = Reader().table(ImageFacts, facts["images"], "images")
             key, seconds, remarks = GroupKey(*facts["key"]), facts["seconds"], tuple(facts["remarks"])
@@ -190,9 +185,8 @@ def merged(results: Iterable[GroupResult], shape: tuple[int, int, int]) -> Shard
         contents[key.start : key.start + len(images.contents)] = images.contents
         # Every cell opens the same images and skips the same files, so each group of images counts once.
         skipped[key.start] = images.skipped
-        missing[key.start].update(
-            dict.fromkeys(images.missing)
-        )  # some cells alone lack a control of an image
+        # Some cells alone lack a control of an image.
+        missing[key.start].update(dict.fromkeys(images.missing))
         for name, block in result.maps.items():
             merge_block(blocks, name, block, shape, (key.start, key.attack, key.region))
     note = Note(
