@@ -245,7 +245,7 @@ class Localized:
             outcome = CONFIRMED if clean["low"] > 0 and self._seeds > 1 else CAUTION
             if clean["high"] < 0:
                 control += " Accuracy without attack falls, so this part of the claim does not hold."
-            elif clean["low"] <= 0:
+            elif not clean["low"] > 0:  # nor if there is no interval
                 control += " Accuracy without attack is not shown to rise."
         full = _difference(matrix, "localized", "full")
         if gains and full["high"] < 0:
