@@ -1,7 +1,5 @@
 """Steps on affine forms: what each does to centers, to generators, and to the magnitudes that bound rounding."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,7 +1,5 @@
 """The colors that a pixel may take: a box for each pixel, of all real colors or of the 8-bit ones among them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

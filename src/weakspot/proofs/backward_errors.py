@@ -16,8 +16,6 @@ activation has slope 0 or 1, or anything between if its input may lie on either 
 computed and exact ones lie in the forms of the network as run, so these decide which.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

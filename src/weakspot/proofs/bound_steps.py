@@ -1,7 +1,5 @@
 """The steps of a recorded network as they act on affine forms; steps that cannot are named."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

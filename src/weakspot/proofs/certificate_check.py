@@ -1,7 +1,5 @@
 """Checking a certificate of pixels anew: its boxes, a sample of its bounds, and its counterexamples."""
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections.abc import Iterator

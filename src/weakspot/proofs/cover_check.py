@@ -3,8 +3,6 @@
 Whether boxes cover a region is decided exactly, whatever the boxes are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The network as it runs: colors tried by windows first, proofs and refutations by whole passes in batches."""
 
-from __future__ import annotations
-
 import time
 
 import torch

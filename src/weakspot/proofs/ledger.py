@@ -1,7 +1,5 @@
 """What is known of each pixel so far: its status, bounds, refuting color, and the boxes that prove it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """A recorded network as steps on affine forms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Checking a certificate against patches: that its masks cover every patch, and what the network says under them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

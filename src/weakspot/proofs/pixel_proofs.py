@@ -1,7 +1,5 @@
 """Certificates of single pixels: bounds, a sweep, branch and bound over the colors, and why the rest is unknown."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

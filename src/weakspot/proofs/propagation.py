@@ -1,7 +1,5 @@
 """Affine forms of all values of a network, while one pixel of an image takes any color in a box."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 

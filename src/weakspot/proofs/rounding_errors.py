@@ -20,8 +20,6 @@ The bounds are themselves computed in float64. That adds gamma_n of float64 thre
 for r'), which `own` covers. Under the statement "exact arithmetic" gamma_n of float32 is left out and nothing else.
 """
 
-from __future__ import annotations
-
 import os
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Certificates in sentences. Each names what was proven, of which colors or patches, and of which classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from weakspot.proofs.allowed_colors import AllowedColors

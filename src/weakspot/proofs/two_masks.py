@@ -6,8 +6,6 @@ the classifier that masks twice, `DoubleMasking`, gives the label whatever a pat
 always has a say, and no other mask is believed against it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

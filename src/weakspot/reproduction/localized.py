@@ -3,8 +3,6 @@
 arXiv 1909.04779.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a reproduction works on: a network, images that it classifies correctly, and their attacks."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

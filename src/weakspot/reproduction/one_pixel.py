@@ -1,7 +1,5 @@
 """Vargas and Su, "Understanding the One-Pixel Attack: Propagation Maps and Locality Analysis", arXiv 1902.02947."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 

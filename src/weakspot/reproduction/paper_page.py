@@ -1,7 +1,5 @@
 """The page of a stored reproduction, in Markdown: nothing on it is typed by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from weakspot.reproduction.claim_panels import Panel

@@ -1,7 +1,5 @@
 """The papers by name, and `reproduce`."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -3,8 +3,6 @@
 arXiv 2106.12731.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """Xu et al., "Interpreting Adversarial Examples by Activation Promotion and Suppression", arXiv 1904.02057."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 The abstract defines no formula for the regions; ours are those of `overlap`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
