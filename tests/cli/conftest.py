@@ -58,6 +58,11 @@ def normalized():
 def gray():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
+
+
+class Asserting(nn.Module):
+    def forward(self, images):
+        assert images.shape[2] == 32
 """
 TINY = ("--model", "tiny_networks:build", "--size", "64x64", "--mean", "0", "--std", "1")
 NAMES = ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]

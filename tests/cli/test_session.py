@@ -187,6 +187,10 @@ def test_an_output_folder_must_be_writable_and_free(session: Session, tmp_path: 
             r"does not take images of 1 x 64 x 64 .*give --size",
         ),
         (
+            ModelOptions("tiny_networks:Asserting"),
+            r"does not take images of 3 x 224 x 224 .*: AssertionError \(give --size",
+        ),
+        (
             ModelOptions("tiny_networks:build", classes=Path("tiny_networks.py")),
             "--classes must hold 4 names",
         ),

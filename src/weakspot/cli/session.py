@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from weakspot._checks import ModelError, warn
+from weakspot._checks import ModelError, first_line, warn
 from weakspot._progress import Display
 from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, parse_numbers, parse_size, read_class_names
@@ -297,7 +297,7 @@ def load_classifier(options: ModelOptions, *, remedy: str = "give --mean and --s
     except (RuntimeError, AssertionError) as error:
         raise Failure(
             f"{options.model} does not take images of {' x '.join(map(str, shape))} (channels x height x width): "
-            f"{str(error).strip().splitlines()[0][:120]} (give --size, or --mean with one value per channel)"
+            f"{first_line(error)[:120]} (give --size, or --mean with one value per channel)"
         ) from None
     names = len(classifier.class_names)
     if options.classes is not None and names != logits.shape[1]:
