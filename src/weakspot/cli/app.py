@@ -11,6 +11,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -125,8 +126,6 @@ ThreadsOption = Annotated[
 
 def set_threads(count: int) -> None:
     """Use so many threads in this process and in those that it starts."""
-    import torch
-
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)
 

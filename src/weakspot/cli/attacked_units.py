@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
+
+from torch import Tensor, nn
 
 from weakspot._progress import part
+from weakspot.attacks import pgd
+from weakspot.budgets import Budget
+from weakspot.classifier import check_images, evaluating, predict
 from weakspot.cli.app import Failure
 from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
 from weakspot.cli.output import json_rows
 from weakspot.cli.session import Session
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from weakspot.budgets import Budget
-    from weakspot.defenses.unit_study import UnitStudy
-    from weakspot.dissection import Dissection
-    from weakspot.pairs import Pairs
+from weakspot.defenses.unit_study import UnitStudy, association_sentences, unit_study
+from weakspot.dissection import Dissection
+from weakspot.pairs import Pairs
 
 FEWEST = 2  # images to attack; twice as many if half of them choose the units that are masked
 
@@ -123,10 +123,6 @@ def attack_units(
 ) -> AttackedUnits:
     """Attack the images with PGD, and study the units of every dissected layer."""
     import pandas as pd
-
-    from weakspot.attacks import pgd
-    from weakspot.classifier import check_images, evaluating, predict
-    from weakspot.defenses.unit_study import association_sentences, unit_study
 
     classifier = session.classifier
     with evaluating(classifier):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from weakspot._checks import unknown_choice
+from weakspot.classifier import Classifier
 from weakspot.cli.app import Failure
 from weakspot.cli.options import parse_settings
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from weakspot.classifier import Classifier
+from weakspot.defenses import mask_units, neutralizing
+from weakspot.models.specs import find_factory
 
 BUILT_IN = ("neutralize", "mask_units")
 FORMS = "neutralize, mask_units or package.module:factory"
@@ -28,10 +27,6 @@ def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifi
         settings: NAME=VALUE each.
         classifier: the undefended classifier.
     """
-    from torch import nn
-
-    from weakspot.models.specs import find_factory
-
     module, colon, name = text.partition(":")
     if not colon and text not in BUILT_IN:
         raise Failure(unknown_choice("--defense", text, BUILT_IN, remedy="or give package.module:factory"))
@@ -62,8 +57,6 @@ def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifi
 
 
 def _built_in(name: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
-    from weakspot.defenses import mask_units, neutralizing
-
     make: Callable[..., nn.Module] = neutralizing if name == "neutralize" else mask_units
     values: dict[str, object] = {**parse_settings(settings, texts=("layer", "units"))}
     parameters = {key: p for key, p in inspect.signature(make).parameters.items() if key != "model"}

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
 
+from weakspot._io.files import write_atomic
+from weakspot.attribution.hooks import spatial_layers
 from weakspot.budgets import read_budget
+from weakspot.classifier import Classifier, evaluating
 from weakspot.cli.app import Failure, command
 from weakspot.cli.attacked_units import (
     AttackedUnits,
@@ -33,10 +37,9 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import first_rows, print_rows, print_text
 from weakspot.cli.session import Session, check_existing, draw_rows, open_session
-
-if TYPE_CHECKING:
-    from weakspot.classifier import Classifier
-    from weakspot.dissection import Dissection
+from weakspot.dissection import Dissection, build_concepts, demo_concepts, dissect_layers
+from weakspot.dissection.unit_examples import show_units
+from weakspot.statistics.number_format import counted
 
 FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose images are shown
@@ -145,8 +148,6 @@ def dissect(
     check_existing(attack.images or [])
     budget = read_budget(attack.budget)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.dissection import dissect_layers
-
         classifier = session.classifier
         images = read_attacked(session, attack, mask) if attack.images else None
         if images is not None and quick:
@@ -187,8 +188,6 @@ def dissect(
     rows = _layer_rows(dissections)
 
     def show() -> None:
-        from weakspot.statistics.number_format import counted
-
         units, detectors = (sum(int(row[key]) for row in rows) for key in ("units", "detectors"))
         print_text(
             f"{detectors} of {counted(units, 'unit')} {'detects' if detectors == 1 else 'detect'} a concept "
@@ -225,9 +224,7 @@ def _write(
     """Write all files; returns the path of the report."""
     import pandas as pd
 
-    from weakspot._io.files import write_atomic
     from weakspot.audit.store.run import write_scores
-    from weakspot.dissection.unit_examples import show_units
     from weakspot.report.unit_page import unit_page
 
     pictures = {}
@@ -260,8 +257,6 @@ def _write(
 
 def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, options: ConceptOptions) -> Path:
     """The folder in Broden's layout: as given, converted, or generated."""
-    from weakspot.dissection import build_concepts, demo_concepts
-
     if dataset is None:
         side = min(classifier.input_size)
         folder = out / f"demo-concepts-{side}"
@@ -286,11 +281,6 @@ def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, opti
 
 def _last_layers(classifier: Classifier) -> list[str]:
     """The last layer of each of the two coarsest map sizes, among layers that are called once."""
-    import torch
-
-    from weakspot.attribution.hooks import spatial_layers
-    from weakspot.classifier import evaluating
-
     with evaluating(classifier):
         image = torch.zeros(1, classifier.channels, *classifier.input_size, device=classifier.mean.device)
         places = spatial_layers(classifier, image)

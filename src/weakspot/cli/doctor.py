@@ -4,14 +4,20 @@ import importlib
 import os
 import time
 
+import torch
 import typer
 from torch import Tensor
 
 from weakspot._checks import describe_error
-from weakspot.classifier import Classifier
+from weakspot.attacks import pgd
+from weakspot.classifier import Classifier, predict
 from weakspot.cli.app import EXTRAS, command
 from weakspot.cli.options import OutputOptions
 from weakspot.cli.output import print_rows
+from weakspot.explanations.analysis import available_analyses
+from weakspot.images import sample_images
+from weakspot.models import available_models, load
+from weakspot.statistics.number_format import counted
 
 FASTER = 0.8  # one thread is recommended if it takes at most this fraction of the time
 BROKEN = "is installed but cannot be imported"
@@ -21,8 +27,6 @@ EXPECTED = ("Egyptian cat", "espresso", "missile", "moped")  # classes of the sa
 @command("weakspot models")
 def models(output: OutputOptions) -> None:
     """List the models that --model takes, and whether the packages they need are installed."""
-    from weakspot.models import available_models
-
     rows = [{"model": name, "source": "installed", "usable": "yes"} for name in available_models()]
     rows += [
         {"model": "package.module:factory", "source": "your function that returns a module", "usable": "yes"},
@@ -41,14 +45,7 @@ def models(output: OutputOptions) -> None:
 @command("weakspot doctor")
 def doctor(output: OutputOptions) -> None:
     """Check that weakspot works: versions, device, embedded network, speed and optional extras."""
-    import torch
-
-    from weakspot.attacks import pgd
     from weakspot.audit.store.run_info import versions
-    from weakspot.classifier import predict
-    from weakspot.explanations.analysis import available_analyses
-    from weakspot.images import sample_images
-    from weakspot.models import load
 
     classifier = load("efficientnet_lite0")
     device = classifier.mean.device
@@ -86,8 +83,6 @@ def doctor(output: OutputOptions) -> None:
 
 
 def _seconds_per_pass(classifier: Classifier, images: Tensor) -> float:
-    from weakspot.classifier import predict
-
     started = time.perf_counter()
     for image in images.split(1):
         predict(classifier, image)
@@ -96,10 +91,6 @@ def _seconds_per_pass(classifier: Classifier, images: Tensor) -> float:
 
 def _compare_threads(classifier: Classifier, images: Tensor, seconds: float) -> str:
     """How fast a forward pass is with one thread, compared with `seconds` with all of them."""
-    import torch
-
-    from weakspot.statistics.number_format import counted
-
     threads = torch.get_num_threads()
     if classifier.mean.device.type != "cpu" or threads == 1:
         return f"{threads}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
+from weakspot._checks import unknown_choice
+from weakspot._io.urls import is_url
+from weakspot.attacks import Attack, find_attack
 from weakspot.cli.app import Failure
 from weakspot.cli.attack_choice import quick_steps
 from weakspot.cli.options import (
@@ -30,9 +33,6 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.session import check_existing
 from weakspot.datasets.labels import LABEL_FILE
-
-if TYPE_CHECKING:
-    from weakspot.attacks import Attack
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,6 @@ def plan_table(
     sources: list[str], overrides: dict[str, object], settings: Sequence[str] | None, out: str | None
 ) -> tuple[dict[str, object], str]:
     """The plan as a mapping, and the folder of the run."""
-    from weakspot._io.urls import is_url
     from weakspot.audit.plan.plan import read_plan
 
     table: dict[str, object] = {"images": sources}
@@ -206,8 +205,6 @@ def _takers_of_steps(attacks: object) -> tuple[object, list[tuple[dict[str, Any]
 
     What has a wrong type stays as it is, for `Plan.from_mapping` to refuse.
     """
-    from weakspot.attacks import find_attack
-
     if not isinstance(attacks, str | list) or not all(isinstance(attack, str | dict) for attack in attacks):
         return attacks, []
     tables = _with_settings(attacks, ())
@@ -218,8 +215,6 @@ def _takers_of_steps(attacks: object) -> tuple[object, list[tuple[dict[str, Any]
 
 def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, Any]]:
     """The attacks as tables, with the settings of --set."""
-    from weakspot._checks import unknown_choice
-
     entries = attacks.split(",") if isinstance(attacks, str) else attacks
     tables: list[dict[str, Any]] = [
         {"name": entry.strip()} if isinstance(entry, str) else dict(entry)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
+from torch import Tensor
 
+from weakspot._checks import check_choice, require
+from weakspot.classifier import predict
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, SeedOption, argument, flag, option
 from weakspot.cli.output import print_text
 from weakspot.cli.session import Session, open_session
 from weakspot.cli.training_jobs import network_maker
+from weakspot.datasets import LabeledImages, read_labeled
+from weakspot.images import open_pictures
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weakspot.datasets import LabeledImages
     from weakspot.reproduction import Material
 
 # PAPERS of weakspot.reproduction, repeated because importing it takes seconds.
@@ -73,7 +78,6 @@ def reproduce(
     one-pixel (1902.02947). PAPER.png shows the result as a figure. Only localized trains networks, and needs
     pip install 'weakspot[train]'.
     """
-    from weakspot._checks import check_choice, require
     from weakspot.reproduction import PAPERS
 
     check_choice("PAPER", paper, PAPERS)
@@ -116,12 +120,8 @@ def _command() -> str:
 
 def _material(session: Session, folder: Path | None, limit: int | None, *, full: bool, seed: int) -> Material:
     """The network and correctly classified images, drawn at random; without labels, predictions are the labels."""
-    import torch
-
-    from weakspot.classifier import predict
     from weakspot.reproduction import Material
     from weakspot.reproduction.material import guesses, unsure
-    from weakspot.statistics.number_format import counted
 
     classifier = session.classifier
     source = None if folder is None else _read(session, folder)
@@ -170,8 +170,6 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
 
 def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages | None] | None:
     """Labeled test images and, if there are any, training images; None if the folder holds photographs."""
-    from weakspot.datasets import read_labeled
-
     classifier = session.classifier
     given = {"size": classifier.input_size, "channels": classifier.channels}
     try:
@@ -193,12 +191,6 @@ def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages 
 
 def _photographs(session: Session, folder: Path | None, count: int, seed: int) -> Tensor:
     """Up to `count` photographs of a folder, drawn at random, or the samples."""
-    import random
-
-    import torch
-
-    from weakspot.images import open_pictures
-
     if folder is None:
         return session.read_images([], samples=True).pixels
     session.display.step("reading the images")
