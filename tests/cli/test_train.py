@@ -18,7 +18,7 @@ from tests.training.tiny import halves
 from weakspot import cli, load, training
 from weakspot._io.files import locked
 from weakspot.cli.app import Failure
-from weakspot.cli.train import DEFAULT_RECIPES, EvaluationOptions, _check_attacked
+from weakspot.cli.train import EvaluationOptions, _check_attacked
 from weakspot.cli.training_jobs import print_training
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
@@ -290,10 +290,6 @@ def test_an_option_of_an_attack_that_no_recipe_makes_is_refused(
     assert message in str(caught.value)
 
 
-def test_the_help_names_the_recipes_of_a_matrix() -> None:
-    assert ",".join(training.MATRIX_RECIPES) == DEFAULT_RECIPES
-
-
 def test_limit_takes_the_same_images_again_and_quick_says_what_it_leaves_out(
     run: Run, digits: Path, tmp_path: Path
 ) -> None:
@@ -329,7 +325,7 @@ def test_an_interrupt_says_whether_there_is_anything_to_resume(
 
     command = ("train", digits, "--recipe", "full", *QUICK, "--out", "cut")
     with monkeypatch.context() as patch:
-        patch.setattr("weakspot.datasets.read_labeled", interrupt)
+        patch.setattr("weakspot.cli.train.read_labeled", interrupt)
         ended = run(*command)
     assert (ended.code, ended.err.strip()) == (130, "weakspot: interrupted; nothing was written")
     with monkeypatch.context() as patch:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import shlex
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot._progress import Step
+from weakspot._io.urls import exists, is_url
+from weakspot._progress import Display, Step
 from weakspot.cli.app import (
     INTERRUPTED,
     NOTHING_WRITTEN,
@@ -50,8 +50,7 @@ from weakspot.cli.output import (
     print_json,
     print_table,
     print_text,
-    progress_display,
-    warnings_as_notes,
+    working,
 )
 from weakspot.cli.plan_options import (
     EngineOptions,
@@ -62,10 +61,9 @@ from weakspot.cli.plan_options import (
     with_steps,
 )
 from weakspot.cli.session import command_line
+from weakspot.statistics.number_format import counted, percent, with_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from weakspot.audit import AuditProgress, Run, Summary
     from weakspot.audit.findings.gates import Verdict
 
@@ -142,37 +140,33 @@ def audit(
         raise Failure("--resume takes no images and no plan options, because the run holds them")
     else:
         table, where = {}, resume
-    with (
-        # Text that a model prints must not end up among the results.
-        redirect_stdout(sys.stderr),
-        warnings_as_notes(output.quiet),
-        _progress(output.silent) as watch,
-        _resumable(where),
-    ):
-        from weakspot import audit as audits
-        from weakspot.audit.findings.gates import judge
-        from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
+    with working(quiet=output.quiet, silent=output.silent) as display:
+        watch = _watcher(display)
+        with _resumable(where):
+            from weakspot import audit as audits
+            from weakspot.audit.findings.gates import judge
+            from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
 
-        work: Callable[..., Run] = audits.resume
-        if resume is None:
-            resolved = audits.Plan.from_mapping(table)
-            refuse_fraction(context, resolved.regions, "--regions")
-            if "control_images" in overrides and not resolved.controls:
-                raise Failure("--control-images has no effect without --controls")
-            work = partial(audits.audit, resolved)
-        run = work(
-            where,
-            command=command_line(),
-            watch=watch,
-            engine=execution.engine,
-            workers=execution.workers,
-            address=execution.ray_address,
-        )
-        # The records hold both counts, so the run is only opened another way.
-        if floats:
-            run = audits.open_run(run.name, eight_bit=False)
-        if report:
-            _write_report(run)
+            work: Callable[..., Run] = audits.resume
+            if resume is None:
+                resolved = audits.Plan.from_mapping(table)
+                refuse_fraction(context, resolved.regions, "--regions")
+                if "control_images" in overrides and not resolved.controls:
+                    raise Failure("--control-images has no effect without --controls")
+                work = partial(audits.audit, resolved)
+            run = work(
+                where,
+                command=command_line(),
+                watch=watch,
+                engine=execution.engine,
+                workers=execution.workers,
+                address=execution.ray_address,
+            )
+            # The records hold both counts, so the run is only opened another way.
+            if floats:
+                run = audits.open_run(run.name, eight_bit=False)
+            if report:
+                _write_report(run)
     summary = audits.summarize(run)
 
     def evaluate(conditions: Sequence[str]) -> Sequence[Verdict]:
@@ -181,7 +175,7 @@ def audit(
         return judge(conditions, rows, _cell_name, undefined=undefined_names, others=others)
 
     shortfalls = [run.shortfall] if run.shortfall else []
-    result = Gate.evaluate(gate, evaluate, f"audit {run.name}", shortfalls)
+    result = gate.evaluate(evaluate, f"audit {run.name}", shortfalls)
     if output.as_json:
         print_json(_document(run, summary, result))
     elif not output.quiet:
@@ -203,24 +197,22 @@ def _check_steps(context: typer.Context, plan: PlanOptions, settings: Sequence[s
         raise Failure(f"{name} and --set ATTACK.steps=N must not both be given (leave out one of the two)")
 
 
-@contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
-    with progress_display(silent) as display:
-        display.step("loading the model")
-        step: Step | None = None
+def _watcher(display: Display) -> Callable[[AuditProgress], None]:
+    """A function that shows the progress of an audit."""
+    display.step("loading the model")
+    step: Step | None = None
 
-        def watch(progress: AuditProgress) -> None:
-            nonlocal step
-            step = step or display.step("auditing", total=progress.total)
-            step(progress.done / progress.total)
+    def watch(progress: AuditProgress) -> None:
+        nonlocal step
+        step = step or display.step("auditing", total=progress.total)
+        step(progress.done / progress.total)
 
-        yield watch
+    return watch
 
 
 @contextmanager
 def _resumable(where: str) -> Iterator[None]:
     """Turn an interrupt or SIGTERM, between any two steps, into a sentence that says how to continue."""
-    from weakspot._io.urls import exists
     from weakspot.audit import AuditInterrupt, StoppedError
 
     def interrupt(*_: object) -> None:
@@ -266,8 +258,6 @@ def _cell_name(row: Mapping[str, object]) -> str:
 
 
 def _location(run: Run) -> str:
-    from weakspot._io.urls import is_url
-
     return run.name if is_url(run.name) else str(run.folder.resolve())
 
 
@@ -284,8 +274,6 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 
 
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: str) -> None:
-    from weakspot.statistics.number_format import counted, percent, with_interval
-
     regions = summary.regions if every else summary.weak_regions()
     for sentence in (summary.weakest, *regions, *summary.remarks):
         print_text(sentence)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from weakspot._io.files import write_atomic
 from weakspot.cli.app import Failure, command, console, one_line
-from weakspot.cli.gate_options import Gate, GateOptions, check_writable
+from weakspot.cli.gate_options import GateOptions, check_writable
 from weakspot.cli.options import EveryOption, FloatOption, OutputOptions, argument, option
 from weakspot.cli.output import (
     add_row,
@@ -19,6 +20,7 @@ from weakspot.cli.output import (
     shorten_name,
     warnings_as_notes,
 )
+from weakspot.statistics.number_format import counted, number, p_value
 
 if TYPE_CHECKING:
     from weakspot.audit.findings.comparison import Comparison
@@ -56,7 +58,6 @@ def compare(
     if csv is not None:
         check_writable("--csv", csv)
     with warnings_as_notes(output.quiet):
-        from weakspot._io.files import write_atomic
         from weakspot.audit import compare as compare_runs
         from weakspot.audit import open_run
         from weakspot.audit.findings.gates import judge
@@ -64,8 +65,7 @@ def compare(
         runs = open_run(before, eight_bit=not floats), open_run(after, eight_bit=not floats)
         shortfalls = [f"{run.name}: {run.shortfall}" for run in runs if run.shortfall]
         comparison = compare_runs(*runs)
-        result = Gate.evaluate(
-            gate,
+        result = gate.evaluate(
             lambda conditions: judge(conditions, comparison.table, _row_name),
             f"compare {before} {after}",
             shortfalls,
@@ -86,7 +86,6 @@ def _row_name(row: Row) -> str:
 def _print(comparison: Comparison, *, every: bool) -> None:
     """The sentence that counts, the scores that moved (all with `every`), and other differences of the runs."""
     from weakspot.audit.findings.comparison import MAX_Q
-    from weakspot.statistics.number_format import counted, number, p_value
 
     print_text(f"{comparison.sentence()}\n")
     rows, more = first_rows(list((comparison.table if every else comparison.moved).iterrows()), every=every)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from weakspot._io.files import write_atomic
 from weakspot.cli.app import GATE_FAILED, UNREADABLE, Failure, notes, one_line
 from weakspot.cli.options import OUTPUT, option
 
@@ -49,6 +50,31 @@ class GateOptions:
         if self.junit.is_file() and not self.junit.is_symlink():
             self.junit.unlink()  # so that no earlier verdict is taken for the one of this run
 
+    def evaluate(
+        self, judge: Callable[[Sequence[str]], Sequence[Verdict]], suite: str, shortfalls: Sequence[str] = ()
+    ) -> Gate:
+        """Evaluate the conditions, and write the result file.
+
+        Args:
+            judge: evaluates the conditions on complete audits.
+            suite: name of the JUnit suite.
+            shortfalls: why the audits are incomplete.
+        """
+        from weakspot.audit.findings.gates import Verdict, junit
+
+        conditions = [text.strip() for text in self.fail_if or ()]
+        if conditions and shortfalls:
+            why = "; ".join(shortfalls)
+            verdicts: Sequence[Verdict] = [
+                Verdict(text, "all images", True, f"{text} cannot be evaluated: {why}") for text in conditions
+            ]
+        else:
+            verdicts = judge(conditions) if conditions else []
+        if self.junit is not None:
+            text = junit(verdicts, suite)
+            write_atomic(self.junit, lambda draft: draft.write_text(text, "utf-8"))
+        return Gate(verdicts, shortfalls)
+
 
 def check_writable(option: str, path: Path) -> None:
     """Check that a file can be written at the path."""
@@ -67,38 +93,6 @@ class Gate:
 
     verdicts: Sequence[Verdict]
     shortfalls: Sequence[str] = ()
-
-    @classmethod
-    def evaluate(
-        cls,
-        options: GateOptions,
-        judge: Callable[[Sequence[str]], Sequence[Verdict]],
-        suite: str,
-        shortfalls: Sequence[str] = (),
-    ) -> Gate:
-        """Evaluate the conditions, and write the result file.
-
-        Args:
-            options: conditions and result file.
-            judge: evaluates the conditions on complete audits.
-            suite: name of the JUnit suite.
-            shortfalls: why the audits are incomplete.
-        """
-        from weakspot._io.files import write_atomic
-        from weakspot.audit.findings.gates import Verdict, junit
-
-        conditions = [text.strip() for text in options.fail_if or ()]
-        if conditions and shortfalls:
-            why = "; ".join(shortfalls)
-            verdicts: Sequence[Verdict] = [
-                Verdict(text, "all images", True, f"{text} cannot be evaluated: {why}") for text in conditions
-            ]
-        else:
-            verdicts = judge(conditions) if conditions else []
-        if options.junit is not None:
-            text = junit(verdicts, suite)
-            write_atomic(options.junit, lambda draft: draft.write_text(text, "utf-8"))
-        return cls(verdicts, shortfalls)
 
     def as_json(self) -> dict[str, object]:
         """The entry of the JSON document; nothing without conditions."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from weakspot._progress import Display, open_display
 from weakspot.cli.app import console, note, notes, one_line, printable
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +26,14 @@ MOST_ROWS = 5  # of a table without --all
 WHOLE_WIDTH = 1000  # characters of a line under --all, enough for every table
 NAME_WIDTH = 26  # characters of a file name in a table, a third of a line
 Row = TypeVar("Row")
+
+
+@contextmanager
+def working(*, quiet: bool, silent: bool) -> Iterator[Display]:
+    """Do the work of a command: standard output is kept for results, warnings become notes, progress is shown."""
+    # Text that a model prints must not end up among the results.
+    with redirect_stdout(sys.stderr), warnings_as_notes(quiet), progress_display(silent) as display:
+        yield display
 
 
 @contextmanager
@@ -40,8 +51,6 @@ def progress_display(silent: bool) -> Iterator[Display]:
 
 def busy_remark() -> str | None:
     """A hint to use one thread, if this machine is busy: threads that wait for each other spin and get in the way."""
-    import torch
-
     # The load cannot be asked for on every system.
     load, cores = getattr(os, "getloadavg", lambda: [0.0])()[0], os.cpu_count() or 1
     if torch.get_num_threads() == 1 or load <= cores:
@@ -123,8 +132,6 @@ def outcome_sentence(
         done: what success is, in words.
         ending: of the sentence.
     """
-    from weakspot.statistics.number_format import counted
-
     right = sum(correct)
     if not right:
         return f"Images classified as their label without an attack: none of {len(scores)}{ending}."

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
 
+from weakspot._checks import unknown_choice
+from weakspot.budgets import read_budget
 from weakspot.cli.app import INTERRUPTED, RESUMABLE, Failure, command
 from weakspot.cli.options import (
     ATTACK,
@@ -30,24 +31,22 @@ from weakspot.cli.options import (
     parse_size,
     refuse,
 )
-from weakspot.cli.output import print_choices, print_json, print_text, progress_display, warnings_as_notes
+from weakspot.cli.output import print_choices, print_json, print_text, working
 from weakspot.cli.training_jobs import (
     Evaluation,
     TrainingJob,
     describe_network,
-    epoch_logger,
     list_choices,
+    log_epoch,
     network_maker,
     print_training,
 )
-
-if TYPE_CHECKING:
-    from weakspot.datasets import LabeledImages
-    from weakspot.training import TrainConfig
+from weakspot.datasets import LabeledImages, read_labeled
+from weakspot.models.specs import find_device
+from weakspot.training import MATRIX_RECIPES, TrainConfig
+from weakspot.training.config import find_recipe
 
 EVALUATIONS = ("none", "own", "matrix")
-# MATRIX_RECIPES, repeated because importing weakspot.training takes seconds.
-DEFAULT_RECIPES = "standard,localized,foreground,random_mask,full,noise"
 QUICK_LIMIT = 2000
 STRONGEST = 500  # images for the ensemble of attacks
 
@@ -110,9 +109,6 @@ class TrainingOptions:
 
     def config(self, *, seed: int, workers: int) -> TrainConfig:
         """The configuration that `training.train` takes."""
-        from weakspot.budgets import read_budget
-        from weakspot.training import TrainConfig
-
         return TrainConfig(
             recipe=self.recipe,
             budget=None if self.budget is None else read_budget(self.budget),
@@ -141,7 +137,8 @@ class EvaluationOptions:
         ),
     ] = "none"
     recipes: Annotated[
-        str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default=DEFAULT_RECIPES)
+        str | None,
+        option("NAMES", "Recipes of the matrix, separated by commas.", default=",".join(MATRIX_RECIPES)),
     ] = None
     seeds: Annotated[int, option("N", "Networks per recipe of the matrix.", least=1)] = 1
     strongest: Annotated[
@@ -151,8 +148,6 @@ class EvaluationOptions:
     def check(self, context: typer.Context) -> None:
         """Refuse options that this evaluation would ignore."""
         if self.evaluate not in EVALUATIONS:
-            from weakspot._checks import unknown_choice
-
             raise Failure(unknown_choice("--evaluate", self.evaluate, EVALUATIONS))
         if self.evaluate == "matrix":
             refuse(context, ["recipe"], "with --evaluate matrix (give --recipes)")
@@ -163,8 +158,6 @@ class EvaluationOptions:
 
     def chosen(self, recipe: str) -> Sequence[str]:
         """The recipes that networks are trained by."""
-        from weakspot.training import MATRIX_RECIPES
-
         if self.evaluate != "matrix":
             return [recipe]
         return MATRIX_RECIPES if self.recipes is None else parse_names(self.recipes)
@@ -231,14 +224,7 @@ def train(
     silent = output.silent or not first
     started = time.perf_counter()
     try:
-        with (
-            redirect_stdout(sys.stderr),
-            warnings_as_notes(output.quiet),
-            progress_display(silent) as display,
-        ):
-            from weakspot.datasets import read_labeled
-            from weakspot.models.specs import find_device
-
+        with working(quiet=output.quiet, silent=silent) as display:
             where = str(find_device(device))
             size = parse_size(reading.size) or (32, 32)
             recipes = evaluation.chosen(training.recipe)
@@ -261,7 +247,7 @@ def train(
                 config=training.config(seed=seed, workers=reading.workers),
                 out=out,
                 about={"network": describe_network(model, images)},
-                on_epoch=None if silent else epoch_logger(),
+                on_epoch=None if silent else log_epoch,
                 display=display,
             )
             if test is None:
@@ -287,16 +273,12 @@ def train(
 
 def _sample(images: LabeledImages, limit: int, seed: int) -> LabeledImages:
     """At most so many of the images, in their order."""
-    import torch
-
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
     return images.subset(rows.sort().values)
 
 
 def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: float) -> None:
     """Refuse options of an attack that no recipe makes."""
-    from weakspot.training.config import find_recipe
-
     searches = {find_recipe(name).search for name in recipes}
     named = f"the recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}"
     steps = ["steps", "step_size"]

@@ -6,16 +6,33 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from weakspot._checks import unknown_choice
+from weakspot._io.files import write_atomic
 from weakspot._progress import Display
+from weakspot.classifier import Classifier
 from weakspot.cli.app import Failure, console, notes
 from weakspot.cli.output import add_row, json_rows, make_table, print_table, print_text
-
-if TYPE_CHECKING:
-    from weakspot.classifier import Classifier
-    from weakspot.datasets import LabeledImages
-    from weakspot.training import Matrix, TrainConfig
+from weakspot.datasets import LabeledImages
+from weakspot.models import load
+from weakspot.statistics import proportion_interval
+from weakspot.statistics.number_format import counted
+from weakspot.training import (
+    RECIPES,
+    TESTS,
+    Matrix,
+    TestConfig,
+    TrainConfig,
+    judged_images,
+    outcomes,
+    robustness_matrix,
+    train,
+)
+from weakspot.training.checkpoint import read_record
+from weakspot.zoo import ALIASES, NETWORKS, build
 
 Results = dict[str, Any]  # the document of --json
 OnEpoch = Callable[[str, Mapping[str, float]], None]
@@ -68,9 +85,6 @@ class TrainingJob:
 
     def train(self, evaluation: Evaluation | None = None) -> Results:
         """Train one network: the content of training.json, and the accuracy on every test."""
-        from weakspot.training import train
-        from weakspot.training.checkpoint import read_record
-
         recipe, on_epoch = self.config.recipe, self.on_epoch
         trained = train(
             self.make(self.config.seed),
@@ -84,9 +98,6 @@ class TrainingJob:
         results = dict(read_record(self.out) or {})
         if evaluation is None:
             return results
-
-        from weakspot.statistics import proportion_interval
-        from weakspot.training import TestConfig, judged_images, outcomes
 
         channels = self.data.shape[0]
         budget = self.config.resolved(channels).budget
@@ -104,8 +115,6 @@ class TrainingJob:
 
     def matrix(self, evaluation: Evaluation, recipes: Sequence[str], seeds: int) -> Results:
         """Train networks by each recipe, test all of them, and write the tables and the figure."""
-        from weakspot.training import robustness_matrix
-
         step = self.display.step("training networks")
 
         def report(activity: str, fraction: float) -> None:
@@ -135,7 +144,6 @@ class TrainingJob:
 
 
 def _write(matrix: Matrix, out: Path) -> None:
-    from weakspot._io.files import write_atomic
     from weakspot.report.figures import matrix_figure
 
     for name, table in (("accuracy.csv", matrix.accuracy), ("differences.csv", matrix.differences)):
@@ -158,10 +166,6 @@ def network_maker(
         data: decides the default network, its classes, channels and size.
         device: of the network.
     """
-    from weakspot._checks import unknown_choice
-    from weakspot.models import load
-    from weakspot.zoo import ALIASES, NETWORKS, build
-
     name = model or _default_network(data)
     if name in NETWORKS or name in ALIASES:
         classes, (channels, *size) = len(data.class_names), data.shape
@@ -176,8 +180,6 @@ def network_maker(
         raise Failure(unknown_choice("--model", name, choices, remedy="or give package.module:factory"))
 
     def make_own(seed: int) -> Classifier:
-        import torch
-
         # A factory draws its weights from the global generator.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -194,8 +196,6 @@ def _default_network(data: LabeledImages) -> str:
 
 def describe_network(model: str | None, data: LabeledImages) -> dict[str, object]:
     """The network's entry of training.json, enough to build one of the zoo again."""
-    from weakspot.zoo import ALIASES, NETWORKS
-
     name = model or _default_network(data)
     name = ALIASES.get(name, name)
     return {
@@ -207,23 +207,19 @@ def describe_network(model: str | None, data: LabeledImages) -> dict[str, object
     }
 
 
-def epoch_logger() -> OnEpoch:
-    """A function that prints a line to standard error for each epoch, and for the tests at the end."""
-
-    def log(name: str, row: Mapping[str, float]) -> None:
-        if "epoch" not in row:
-            tests = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
-            notes.print(f"{name}: {tests}", soft_wrap=True)
-            return
-        tested = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
-        notes.print(
-            f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {tested or 'none'}; "
-            f"{row['seconds']:.0f} s",
-            style="dim",
-            soft_wrap=True,
-        )
-
-    return log
+def log_epoch(name: str, row: Mapping[str, float]) -> None:
+    """Print a line to standard error for an epoch, or for the tests at the end."""
+    if "epoch" not in row:
+        tests = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
+        notes.print(f"{name}: {tests}", soft_wrap=True)
+        return
+    tested = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
+    notes.print(
+        f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {tested or 'none'}; "
+        f"{row['seconds']:.0f} s",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def print_training(results: Results, seconds: float, out: Path, *, matrix: bool) -> None:
@@ -255,8 +251,6 @@ def print_training(results: Results, seconds: float, out: Path, *, matrix: bool)
 
 def _images_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many images the accuracies are fractions of: a percentage of six images says little."""
-    from weakspot.statistics.number_format import counted
-
     images = {str(row["test"]): int(row["images"]) for row in rows}
     if len(set(images.values())) == 1:
         return f"Tested on {counted(next(iter(images.values())))}."
@@ -271,7 +265,5 @@ def _accuracy(row: Mapping[str, float | None], *, interval: bool) -> str:
 
 def list_choices() -> list[dict[str, str]]:
     """Recipes and tests, one row each."""
-    from weakspot.training import RECIPES, TESTS
-
     rows = [{"kind": "recipe", "name": name, "what": recipe.summary} for name, recipe in RECIPES.items()]
     return rows + [{"kind": "test", "name": name, "what": summary} for name, summary in TESTS.items()]
