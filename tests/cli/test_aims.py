@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.cli.conftest import Run
 from weakspot import load, sample_images
-from weakspot.cli.aims import Aim, AimOptions, find_region
 from weakspot.cli.app import Failure, app, explained
+from weakspot.cli.attack_choice import Aim, AimOptions, find_region
 from weakspot.cli.options import refuse_fraction
 
 

@@ -172,7 +172,7 @@ def interrupt(*_: object, **__: object) -> None:
         (("explain", *TINY, "--steps", 3), "weakspot.attacks.pgd"),
         (("explain", *TINY, "--debug"), "weakspot.cli.session.load_classifier"),
         (("attack", *TINY), "weakspot.cli.attack_choice.ChosenAttack.run"),
-        (("defend", *TINY), "weakspot.defenses.evaluate_defense"),
+        (("defend", *TINY), "weakspot.cli.defend.evaluate_defense"),
         (("dissect", "--demo", *TINY), "weakspot.cli.dissect._last_layers"),
     ],
 )
@@ -365,7 +365,7 @@ def test_the_doctor_names_what_does_not_work(run: Run, monkeypatch: pytest.Monke
     def weak(*arguments: object, **options: object) -> object:
         return kept(*arguments, **options | {"budget": Linf(1e-9)})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attacks, "pgd", weak)
+    monkeypatch.setattr(doctor, "pgd", weak)
     assert result() == (1, "the attack should fool a photograph")
 
 

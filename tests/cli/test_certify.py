@@ -250,7 +250,7 @@ def test_images_of_many_pixels_are_announced(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weakspot.proofs.certify_pixels", interrupt)
+    monkeypatch.setattr("weakspot.cli.certify.certify_pixels", interrupt)
     options = (
         "--model",
         "tiny_networks:build",

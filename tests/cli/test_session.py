@@ -15,10 +15,10 @@ from tests.cli.conftest import NAMES, Run, save
 from weakspot import sample_images
 from weakspot._progress import Display
 from weakspot.cli.app import Failure, app
+from weakspot.cli.attack import parse_batch_size
 from weakspot.cli.options import (
     ModelOptions,
     OutputOptions,
-    parse_batch_size,
     parse_names,
     parse_number,
     parse_numbers,

@@ -11,7 +11,7 @@ import torch
 from tests.audit.fixtures import draw_pictures
 from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import Classifier
-from weakspot.cli.aims import find_labels
+from weakspot.cli.attack_choice import find_labels
 from weakspot.cli.session import Images
 from weakspot.datasets import from_tensors
 from weakspot.datasets.labels import (

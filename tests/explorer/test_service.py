@@ -23,8 +23,7 @@ from tests.networks import untouched
 from weakspot import explore
 from weakspot._progress import Display
 from weakspot.audit import AttackPlan
-from weakspot.cli.explore import Address
-from weakspot.cli.explored_runs import run_desk
+from weakspot.cli.explore import Address, run_desk
 from weakspot.cli.options import ModelOptions
 from weakspot.explorer.access import Access
 from weakspot.explorer.desk import Desk

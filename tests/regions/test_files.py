@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from weakspot import Classifier, ImageWarning, regions
-from weakspot.cli.aims import Aim, AimOptions, find_region
+from weakspot.cli.attack_choice import Aim, AimOptions, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, explained
 
 

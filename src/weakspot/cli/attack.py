@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from weakspot.attacks import AttackOptions
-from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
-from weakspot.cli.app import command
-from weakspot.cli.attack_choice import AttackChoice
+from weakspot.attacks import AttackOptions, available_attacks, find_attack, stored
+from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
+from weakspot.budgets import Budget
+from weakspot.budgets.parse import BUDGETS
+from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.cli.app import Failure, command
+from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, find_aim, find_region
 from weakspot.cli.options import (
+    ATTACK,
     QUICK_IMAGES,
-    BatchSizeOption,
     EveryOption,
     ImagesArgument,
     LimitOption,
@@ -26,7 +29,6 @@ from weakspot.cli.options import (
     SeedOption,
     flag,
     option,
-    parse_batch_size,
     refuse,
     refuse_fraction,
     trial_sentence,
@@ -43,13 +45,12 @@ from weakspot.cli.output import (
     shorten_name,
 )
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
+from weakspot.pairs import AttackResult
+from weakspot.regions.spec import REGIONS
+from weakspot.statistics.number_format import size_of_change
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from weakspot.budgets import Budget
-    from weakspot.classifier import Classifier
-    from weakspot.pairs import AttackResult
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
 
@@ -69,7 +70,14 @@ def attack(
     output: OutputOptions,
     images: ImagesArgument = None,
     samples: SamplesOption = False,
-    batch_size: BatchSizeOption = "auto",
+    batch_size: Annotated[
+        str,
+        option(
+            "N",
+            "Images attacked at once, or auto: as many as fit in memory. Does not change results.",
+            panel=ATTACK,
+        ),
+    ] = "auto",
     limit: LimitOption = None,
     quick: QuickOption = False,
     seed: SeedOption = 0,
@@ -130,6 +138,15 @@ def attack(
     )
 
 
+def parse_batch_size(text: str) -> int | None:
+    """The batch size, None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise Failure(f"--batch-size must be auto or an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def _write(
     out: Path,
     classifier: Classifier,
@@ -139,9 +156,7 @@ def _write(
     about: Mapping[str, str],
 ) -> pd.DataFrame:
     """Write all files; returns the table of scores.csv."""
-    from weakspot.attacks import stored
     from weakspot.audit.store.run import write_pngs, write_scores
-    from weakspot.classifier import evaluating, predict
     from weakspot.report.figures import contact_sheet
 
     with evaluating(classifier):
@@ -180,8 +195,6 @@ def _print(
     target: str | None,
 ) -> None:
     """What the attack achieved, a row for each image, and what was left out of a trial."""
-    from weakspot.statistics.number_format import size_of_change
-
     done = "fooled" if target is None else f"changed to {target}"
     print_text(outcome_sentence(scores, scores["correct"].tolist(), done, ending))
     wrong = int((~scores["correct"]).sum())
@@ -225,10 +238,6 @@ def _print(
 
 def list_choices() -> list[dict[str, str]]:
     """Attacks with their arguments, budgets and regions, one row each."""
-    from weakspot.attacks import available_attacks, find_attack
-    from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
-    from weakspot.budgets.parse import BUDGETS
-    from weakspot.regions.spec import REGIONS
 
     def row(kind: str, name: str, summary: str, settable: str = "") -> dict[str, str]:
         return {"kind": kind, "name": name, "what": summary, "--set": settable}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from torch import Tensor
 
-from weakspot.cli.aims import Aim, AimOptions, Labels, find_labels, find_region
-from weakspot.cli.app import GATE_FAILED, Failure, command, note
-from weakspot.cli.certificate_files import FILES, draw_pictures, remove_earlier, save_pairs
+from weakspot._io.files import write_atomic
+from weakspot.classifier import Classifier
+from weakspot.cli.app import GATE_FAILED, Failure, command, note, one_line
+from weakspot.cli.attack_choice import Aim, AimOptions, Labels, find_labels, find_region
 from weakspot.cli.options import (
     QUICK_IMAGES,
     FractionOption,
@@ -31,14 +34,23 @@ from weakspot.cli.options import (
     refuse_fraction,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_sentences, print_text
+from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
 from weakspot.cli.session import Images, Session, check_output, check_sources, draw_rows, open_session
+from weakspot.images import are_samples
+from weakspot.proofs import (
+    PatchCertificate,
+    PixelCertificate,
+    certify_patches,
+    certify_pixels,
+    check_certificate,
+)
+from weakspot.proofs.certificate_file import CertificateFile
+from weakspot.proofs.sentences import patch_sentence, pixel_sentence, pixels_summary
+from weakspot.report.certificate_figure import CertificateView, certificate_figure
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
-
-
+FILES = ("certificate.json", "maps", "scores.csv", "pairs.safetensors")
 PIXEL_OPTIONS = ("region", "fraction", "colors", "time", "exact")
 MANY = 64 * 64  # pixels of an image above which certifying all takes long
 
@@ -126,20 +138,37 @@ def certify(
     size = None if patch is None else _parse_patch(patch)
     seconds = None if time is None else parse_number("--time", time)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot._io.files import write_atomic
-
         read = session.read_images(sources, samples=samples)
         aim = find_labels(labels, session.classifier, read)
         rows = draw_rows(len(read.names), limit, seed)
         read, aim = read.subset(rows), Labels(aim.labels[rows], aim.logits[rows], aim.source)
         session.make_folder()
+        certificate: PixelCertificate | PatchCertificate
         if size is None:
-            asked = AimOptions(region=region, fraction=fraction)
-            where = _find_region(session, asked, read, aim, seed, seconds)
-            how = PixelOptions(colors, seconds, "exact arithmetic" if exact else "float32 as run")
-            scores, summary = _certify_pixels(session, read, aim, where, how)
+            certificate = certify_pixels(
+                session.classifier, read.pixels, aim.labels,
+                region=_find_region(session, AimOptions(region=region, fraction=fraction), read, aim, seed, seconds),
+                colors=colors, seconds=seconds, statement="exact arithmetic" if exact else "float32 as run",
+                progress=session.display.step("certifying", total=len(read.names)),
+            )  # fmt: skip
         else:
-            scores, summary = _certify_patches(session, read, aim, size)
+            certificate = certify_patches(
+                session.classifier, read.pixels, aim.labels, patch=size,
+                progress=session.display.step("masking twice", total=len(read.names)),
+            )  # fmt: skip
+        session.display.step("writing")
+        # Whole paths, because --check reads the images by these names.
+        certificate = replace(certificate, names=tuple(read.paths))
+        if isinstance(certificate, PixelCertificate):
+            scores, summary = _pixel_scores(session.classifier, read, aim, certificate)
+        else:
+            scores, summary = _patch_scores(session.classifier, read, aim, certificate)
+        # Before the new certificate replaces the one that names the earlier files.
+        remove_earlier(out)
+        certificate.to_json(out / FILES[0])
+        if isinstance(certificate, PixelCertificate):
+            draw_pictures(out / FILES[1], certificate, scores)
+            save_pairs(out / FILES[3], certificate)
         write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
 
     def show() -> None:
@@ -161,11 +190,11 @@ def certify(
 
 def _parse_patch(text: str) -> int | float:
     """Pixels as an integer, or a fraction."""
+    text = text.strip()
     # To `isdigit` alone, superscripts are digits, too, which `int` does not read.
-    if text.strip().isascii() and text.strip().isdigit():
+    if text.isascii() and text.isdigit():
         return int(text)
-    percent = text.strip().endswith("%")
-    return parse_number("--patch", text.strip().removesuffix("%")) / (100 if percent else 1)
+    return parse_number("--patch", text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def _check(
@@ -178,9 +207,6 @@ def _check(
     samples: bool,
 ) -> None:
     """Check a certificate, and exit with the code of a failed gate if it does not hold."""
-    from weakspot.images import are_samples
-    from weakspot.proofs.certificate_file import CertificateFile
-
     file = CertificateFile.open(path)
     if not sources and not samples:
         sources = [Path(name) for name in file.texts("names")]
@@ -190,19 +216,13 @@ def _check(
         sources = [] if samples else sources
     check_sources(sources, samples=samples)
     with open_session(context, network, output, path.parent, ()) as session:
-        from weakspot.proofs import check_certificate
-
         read = session.read_images(sources, samples=samples)
         step = session.display.step("checking the certificate", counted=False)
         found = check_certificate(session.classifier, path, read.pixels, progress=step)
         for remark in found.notes:
             note(f"{path}: {remark}")
 
-    def show() -> None:
-        print_text(found.sentence)
-        for problem in found.problems[1:]:
-            print_text(f"- {problem}")
-
+    lines = [found.sentence, *(f"- {problem}" for problem in found.problems[1:])]
     session.report(
         lambda: {
             "holds": found.passed,
@@ -211,18 +231,10 @@ def _check(
             "complete": found.complete,
             "seed": found.seed,
         },
-        show,
+        lambda: print_text("\n".join(lines)),
     )
     if not found.passed:
         raise typer.Exit(GATE_FAILED)
-
-
-class PixelOptions(NamedTuple):
-    """How pixels are certified: the arguments `colors`, `seconds` and `statement` of `certify_pixels`."""
-
-    colors: str
-    seconds: float | None
-    statement: str
 
 
 def _find_region(
@@ -238,25 +250,13 @@ def _find_region(
     return region
 
 
-def _certify_pixels(
-    session: Session, read: Images, aim: Labels, region: Tensor | None, options: PixelOptions
+def _pixel_scores(
+    classifier: Classifier, read: Images, aim: Labels, certificate: PixelCertificate
 ) -> tuple[pd.DataFrame, str]:
-    """Write the certificate, its figures and its counterexamples; return a row per image, and a sentence on all."""
-    from dataclasses import replace
-
+    """A row per image, and a sentence on all."""
     import pandas as pd
 
-    from weakspot.proofs import certify_pixels
-    from weakspot.proofs.sentences import pixel_sentence, pixels_summary
-
-    classifier, before = session.classifier, aim.logits.argmax(1).tolist()
-    certificate = certify_pixels(
-        classifier, read.pixels, aim.labels, region=region, **options._asdict(),
-        progress=session.display.step("certifying", total=len(read.names)),
-    )  # fmt: skip
-    session.display.step("writing")
-    # Whole paths, because --check reads the images by these names.
-    certificate = replace(certificate, names=tuple(read.paths))
+    before = aim.logits.argmax(1).tolist()
     rows = []
     for number, name in enumerate(read.names):
         inside = certificate.region[number, 0]
@@ -274,37 +274,21 @@ def _certify_pixels(
                 "sentence": pixel_sentence(certificate, number, before[number], classifier.class_name),
             }
         )
-    scores = pd.DataFrame(rows)
-    # Before the new certificate replaces the one that names the earlier files.
-    remove_earlier(session.out)
-    certificate.to_json(session.out / FILES[0])
-    draw_pictures(session.out / FILES[1], certificate, scores)
-    save_pairs(session.out / FILES[3], certificate)
     correct = [label == index for label, index in zip(aim.labels.tolist(), before, strict=True)]
-    return scores, pixels_summary(certificate, correct)
+    return pd.DataFrame(rows), pixels_summary(certificate, correct)
 
 
-def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) -> tuple[pd.DataFrame, str]:
-    """Write the certificate; return a row per image, and a sentence on all."""
-    from dataclasses import replace
-
+def _patch_scores(
+    classifier: Classifier, read: Images, aim: Labels, certificate: PatchCertificate
+) -> tuple[pd.DataFrame, str]:
+    """A row per image, and a sentence on all."""
     import pandas as pd
 
-    from weakspot.proofs import certify_patches
-    from weakspot.proofs.sentences import patch_sentence
-
-    classifier, before = session.classifier, aim.logits.argmax(1).tolist()
-    certificate = certify_patches(
-        classifier, read.pixels, aim.labels, patch=patch,
-        progress=session.display.step("masking twice", total=len(read.names)),
-    )  # fmt: skip
-    session.display.step("writing")
-    certificate = replace(certificate, names=tuple(read.paths))
     scores = pd.DataFrame(
         {
             "image": read.names,
             "label": [classifier.class_name(label) for label in aim.labels.tolist()],
-            "classified_as": [classifier.class_name(index) for index in before],
+            "classified_as": [classifier.class_name(index) for index in aim.logits.argmax(1).tolist()],
             "behind_masks": [classifier.class_name(index) for index in certificate.predicted.tolist()],
             "certified": certificate.certified.tolist(),
             "margin": certificate.margin.tolist(),
@@ -313,6 +297,51 @@ def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) 
             ],
         }
     )
-    remove_earlier(session.out)
-    certificate.to_json(session.out / FILES[0])
     return scores, certificate.sentence
+
+
+def picture_names(images: Sequence[str]) -> list[str]:
+    """The file name of the picture of each image.
+
+    >>> picture_names(["photos/cat.jpg", "dog.png"])
+    ['0001 cat.png', '0002 dog.png']
+    """
+    return [f"{number:04} {Path(one_line(name)).stem}.png" for number, name in enumerate(images, start=1)]
+
+
+def remove_earlier(out: Path) -> None:
+    """Remove the pictures and pairs that the certificate in the folder says were written with it, nothing else."""
+    try:
+        earlier = CertificateFile.open(out / FILES[0])
+        # A certificate against patches comes with neither.
+        names = [] if earlier.of_patches else earlier.texts("names")
+        refuted = bool(names and earlier.part("counterexamples", "pixels"))
+    except (ValueError, OSError):
+        return
+    pictures = [out / FILES[1] / name for name in picture_names(names)]
+    for path in (*pictures, *([out / FILES[3]] if refuted else [])):
+        path.unlink(missing_ok=True)
+
+
+def save_pairs(path: Path, certificate: PixelCertificate) -> None:
+    """Write the pairs whose pixel differs; an image that is misclassified already has none."""
+    if bool((certificate.status == -1).any()):
+        pairs = certificate.counterexamples
+        changed = (pairs.perturbation != 0).flatten(1).any(1)
+        if bool(changed.any()):
+            pairs[changed].save(path)
+
+
+def draw_pictures(folder: Path, certificate: PixelCertificate, scores: pd.DataFrame) -> None:
+    """Write a picture of each image."""
+    folder.mkdir(exist_ok=True)
+    for index, (picture, (_, row)) in enumerate(
+        zip(picture_names(certificate.names), scores.iterrows(), strict=True)
+    ):
+        view = CertificateView(
+            certificate.images[index].cpu().numpy(),
+            certificate.status[index].cpu().numpy(),
+            certificate.region[index, 0].cpu().numpy(),
+        )
+        figure = certificate_figure(view, shorten_name(row["image"], 60), row["sentence"])
+        write_atomic(folder / picture, partial(figure.savefig, dpi=130, format="png"))

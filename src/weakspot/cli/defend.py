@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from torch import Tensor, nn
 
 from weakspot._checks import check_fraction
-from weakspot.budgets import read_budget
-from weakspot.cli.aims import find_labels
+from weakspot._io.files import write_atomic
+from weakspot.attacks.eight_bit import rounded, whole_levels
+from weakspot.budgets import Budget, read_budget
+from weakspot.classifier import Classifier, check_images
 from weakspot.cli.app import INTERRUPTED, Failure, command, note
+from weakspot.cli.attack_choice import find_labels
 from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.options import (
     ATTACK,
@@ -33,13 +37,11 @@ from weakspot.cli.options import (
     SetOption,
     StepsOption,
     flag,
-    given,
     option,
     refuse,
 )
 from weakspot.cli.output import MOST_ROWS, add_row, json_rows, make_table, print_table, print_text
 from weakspot.cli.session import (
-    Images,
     Session,
     check_output,
     check_sources,
@@ -48,14 +50,13 @@ from weakspot.cli.session import (
     open_session,
     shorten_paths,
 )
+from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
+from weakspot.defenses.randomized import is_random
+from weakspot.defenses.verdicts import AttackRow, unfinished
+from weakspot.statistics.number_format import counted, percent
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor, nn
-
-    from weakspot.budgets import Budget
-    from weakspot.classifier import Classifier
-
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
 QUICK = {"limit": QUICK_IMAGES, "steps": QUICK_STEPS, "queries": 500}
 QUICK_SUMMARY = "At most {limit} images, {steps} steps and {queries} queries".format(**QUICK)
@@ -140,16 +141,15 @@ def defend(
     asked = read_budget(budget)
     check_fraction(fraction)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.defenses import evaluate_defense, verdict
-        from weakspot.defenses.verdicts import unfinished
-        from weakspot.statistics.number_format import counted, percent
-
         spent = _whole_levels(asked)
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
         other = None if substitute is None else _load_substitute(session, substitute)
-        read = _whole_gray_levels(session.read_images(sources, samples=samples))
-        if not (random := _is_random(defended, classifier, read, seed)) and given(context, ["draws"]):
+        read = session.read_images(sources, samples=samples)
+        # As they are attacked, so that predictions that serve as labels are of the same images.
+        read = replace(read, pixels=rounded(read.pixels))
+        random = is_random(defended, check_images(read.pixels, classifier), seed=seed)
+        if not random:
             refuse(context, ["draws"], f"with {defense}, which is not random")
         # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
@@ -210,26 +210,10 @@ def defend(
 
 def _whole_levels(budget: Budget) -> Budget:
     """The budget that is spent on 8-bit images, with a note if it is smaller."""
-    from weakspot.attacks.eight_bit import whole_levels
-
     spent = whole_levels(budget)
     if str(spent) != str(budget):
         note(f"attacked images are rounded to 8 bits, so {budget} is cut to {spent}")
     return spent
-
-
-def _whole_gray_levels(read: Images) -> Images:
-    """Images as they are attacked, so that predictions that serve as labels are of the same images."""
-    from weakspot.attacks.eight_bit import rounded
-
-    return replace(read, pixels=rounded(read.pixels))
-
-
-def _is_random(defended: nn.Module, classifier: Classifier, read: Images, seed: int) -> bool:
-    from weakspot.classifier import check_images
-    from weakspot.defenses.randomized import is_random
-
-    return is_random(defended, check_images(read.pixels, classifier), seed=seed)
 
 
 def _load_substitute(session: Session, model: str) -> Classifier:
@@ -243,8 +227,6 @@ def _load_substitute(session: Session, model: str) -> Classifier:
 
 def _oracle(classifier: Classifier, defended: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The same defense with the region of the clean image."""
-    from weakspot.defenses import oracle_neutralized
-
     own = {name: getattr(defended.network, name) for name in ("fraction", "fill")}
     return partial(oracle_neutralized, classifier, **own)
 
@@ -253,7 +235,6 @@ def _write(
     out: Path, table: pd.DataFrame, document: Mapping[str, object], about: Mapping[str, object], title: str
 ) -> None:
     """Write all files, run.json last."""
-    from weakspot._io.files import write_atomic
     from weakspot.audit.store.run import write_scores
     from weakspot.report.figures import accuracy_figure
 
@@ -266,8 +247,6 @@ def _write(
 
 def _meanings(substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row of the table is."""
-    from weakspot.defenses.verdicts import AttackRow
-
     own = "PGD with the defended model's gradients"
     inside = "PGD with the gradients of the network inside the defended model"
     measured = table.set_index("attack")["agreement"].dropna()
@@ -301,8 +280,6 @@ def _meanings(substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
 def _print(
     table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str, str], *, every: bool
 ) -> None:
-    from weakspot.statistics.number_format import counted, percent
-
     print_text(f"{sentence}\n", style="bold")
     headings = ("accuracy after", "undefended", "95%", "defended", "95%")
     shown = make_table(headings, fold=(), right=("undefended", "defended"))
@@ -338,8 +315,6 @@ def _print(
 
 def _decisive(rows: Sequence[pd.Series]) -> list[pd.Series]:
     """The first row, the oracle's, and those on which the accuracy of a side is below that of every row before."""
-    from weakspot.defenses.verdicts import AttackRow
-
     shown = [rows[0]]
     for row in rows[1:]:
         if row["attack"] == AttackRow.ORACLE or any(

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
+from torch import Tensor
 
+from weakspot._checks import warn
+from weakspot._io.files import write_atomic
 from weakspot.attacks import AttackOptions
-from weakspot.cli.aims import AimOptions, find_aim, find_region
+from weakspot.classifier import Classifier
 from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
-from weakspot.cli.attack_choice import AttackChoice, ChosenAttack
+from weakspot.cli.attack_choice import AimOptions, AttackChoice, ChosenAttack, find_aim, find_region
 from weakspot.cli.options import (
     AnalysesOption,
     EveryOption,
@@ -31,15 +34,12 @@ from weakspot.cli.options import (
 from weakspot.cli.output import json_rows, print_text
 from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
 from weakspot.cli.verdict_output import VerdictOutput
+from weakspot.explanations import Explanation
 from weakspot.explanations import explain as explain_pairs
 from weakspot.explanations.analysis import QUICK, find_analyses, usual_analyses
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weakspot.classifier import Classifier
-    from weakspot.explanations import Explanation
-    from weakspot.pairs import Pairs
+from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
+from weakspot.images import open_pictures
+from weakspot.pairs import AttackResult, Pairs
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
 GIVEN = "pairs as given"
@@ -150,9 +150,7 @@ def explain(
 
 def _write(session: Session, explanation: Explanation) -> dict[str, Path]:
     """Write all files; returns their paths by name."""
-    from weakspot._io.files import write_atomic
     from weakspot.audit import write_run
-    from weakspot.explanations.locality_by_radius import locality_of
 
     about = {
         **explanation.made,
@@ -173,8 +171,6 @@ def _print_end(
     explanation: Explanation, screen: VerdictOutput, paths: Mapping[str, Path], left_out: Sequence[str]
 ) -> None:
     """What deeper analyses add to the first verdict, what --quick left out, and where the report is."""
-    from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
-
     screen.finish(explanation)
     locality = locality_of(explanation.scores)
     if locality is not None:
@@ -238,9 +234,6 @@ def _attack(
 
 def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
     """The pair in two images, or the pairs in one file of `Pairs.save`."""
-    from weakspot._checks import warn
-    from weakspot.pairs import AttackResult, Pairs
-
     if len(sources) == 1:
         try:
             pairs: Pairs = AttackResult.load(sources[0])
@@ -272,8 +265,6 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
 
 def _read_image(path: Path, channels: int, size: tuple[int, int] | None = None) -> Tensor:
     """One image file (C, H, W), of its own size by default."""
-    from weakspot.images import open_pictures
-
     if not path.is_file():
         raise Failure(f"--pair needs two image files, got {path}", UNREADABLE)
     (image,) = open_pictures(path, size=size, channels=channels)

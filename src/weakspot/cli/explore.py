@@ -1,22 +1,26 @@
-"""`weakspot explore`: the bench in a browser: brush, attack, probe, explain."""
+"""`weakspot explore`: the bench in a browser (brush, attack, probe, explain), and the records of audits beside it."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+import webbrowser
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from weakspot.cli.aims import find_labels
-from weakspot.cli.app import Failure, command
-from weakspot.cli.explored_runs import run_desk, runs_among
+from weakspot._checks import first_line, require
+from weakspot._progress import Display
+from weakspot.classifier import Classifier
+from weakspot.cli.app import Failure, command, note, one_line
+from weakspot.cli.attack_choice import find_labels
 from weakspot.cli.options import (
     ImagesArgument,
     LabelsOption,
@@ -27,12 +31,17 @@ from weakspot.cli.options import (
     option,
 )
 from weakspot.cli.output import print_text, progress_display, warnings_as_notes
-from weakspot.cli.session import check_sources, open_session
+from weakspot.cli.session import check_sources, load_classifier, open_session
+from weakspot.models.specs import fingerprint
 
 if TYPE_CHECKING:
+    from weakspot.audit import Run
     from weakspot.explorer.desk import Desk
+    from weakspot.explorer.gallery import Gallery
     from weakspot.explorer.gallery_desk import RecordDesk
     from weakspot.explorer.service import Service
+
+MOST_RUNS = 2
 
 
 @command(
@@ -75,8 +84,6 @@ def explore(
 
     The page is served on this machine only (without --host), behind a token. Ctrl-C ends it.
     """
-    from weakspot._checks import require
-
     require("weakspot explore", "starlette", "uvicorn", "websockets", extra="explore")
     if output.as_json:
         raise Failure(
@@ -139,8 +146,6 @@ class Address:
 
     def announce(self, service: Service) -> None:
         """Print the link and how to reach it, and open a browser where there is one."""
-        import webbrowser
-
         from weakspot.explorer.service import forwarding_hint, has_display
 
         port = service.access.port
@@ -180,6 +185,89 @@ def _check_token(token: str | None) -> None:
         raise Failure("--token must be at least 16 letters, digits, - and _ (leave it out for a random one)")
 
 
+def runs_among(sources: Sequence[Path]) -> list[Path]:
+    """The folders that hold an audit.
+
+    Raises:
+        Failure: if there are more than two, or other things beside them.
+    """
+    runs = [source for source in sources if _is_audit(source)]
+    if runs and len(runs) < len(sources):
+        other = next(source for source in sources if source not in runs)
+        raise Failure(
+            f"explore shows images or audits, got both: {other} is no audit (leave out one of the two)"
+        )
+    if len(runs) > MOST_RUNS:
+        raise Failure(f"explore shows one audit or two side by side, got {len(runs)}")
+    return runs
+
+
+def _is_audit(folder: Path) -> bool:
+    file = folder / "run.json"
+    try:
+        about = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    except (OSError, ValueError):
+        return True  # opening it then says what is wrong
+    return isinstance(about, dict) and about.get("kind") == "audit"
+
+
+@contextmanager
+def run_desk(folders: Sequence[Path], network: ModelOptions, display: Display) -> Iterator[Desk | RecordDesk]:
+    """The desk for the records of these runs, which are closed afterwards.
+
+    It has no model if that of the first run cannot be loaded.
+
+    Args:
+        folders: one or two, of audits.
+        network: the model that was asked for; if none was, it is the run's.
+        display: of the progress.
+    """
+    require("weakspot explore of an audit", "duckdb", "fsspec", "pyarrow", "zarr", extra="audit")
+    from weakspot.audit import open_run
+    from weakspot.explorer.gallery import Gallery
+
+    display.step("opening the records")
+    runs = [open_run(folder) for folder in folders]
+    gallery = Gallery(*runs)
+    display.step("loading the model")
+    try:
+        yield _desk(gallery, runs[0], network)
+    finally:
+        gallery.close()
+
+
+def _desk(gallery: Gallery, run: Run, network: ModelOptions) -> Desk | RecordDesk:
+    from weakspot.explorer.bench import Bench
+    from weakspot.explorer.desk import Desk
+    from weakspot.explorer.gallery_desk import RecordDesk, gallery_questions
+
+    try:
+        classifier = _classifier(run, network)
+    except Exception as error:  # noqa: BLE001 - whatever a factory raises: the records can be read without it
+        why = f"cannot be loaded: {one_line(first_line(error))}"
+        reason = (
+            f"The model that was named, {network.model}, {why}."
+            if _model_options(network)
+            else f"The model of the run, {run.plan.model.spec}, {why} (name it with --model)."
+        )
+        note(f"{reason} The bench stays closed; the records are shown.", failure=True)
+        return RecordDesk(gallery, reason)
+    return Desk(Bench(classifier), gallery_questions(gallery))
+
+
+def _classifier(run: Run, network: ModelOptions) -> Classifier:
+    from weakspot.audit.execution.preparation import load_planned
+
+    classifier = load_classifier(network) if _model_options(network) else load_planned(run.plan.model)
+    known = run.info.model
+    if known is not None and fingerprint(classifier) != known.fingerprint:
+        note(
+            f"The weights of {classifier.name} are not those that the audit {run.name} attacked: the bench shows what "
+            "this network does now."
+        )
+    return classifier
+
+
 def _model_options(network: ModelOptions) -> Sequence[str]:
     """The options of the model, as they are typed."""
     # Only what differs from the defaults.
@@ -193,18 +281,5 @@ def _model_options(network: ModelOptions) -> Sequence[str]:
 
 def _load_expression(network: ModelOptions) -> str:
     """The Python expression that loads the model."""
-    from weakspot.cli.options import parse_numbers, parse_size, read_class_names
-
-    names = read_class_names(network.classes)
-    given = {
-        "weights": None if network.weights is None else str(network.weights),
-        "mean": parse_numbers("--mean", network.mean),
-        "std": parse_numbers("--std", network.std),
-        "input_size": parse_size(network.size),
-        "class_names": names,
-    }
-    arguments = [
-        repr(network.model),
-        *(f"{name}={value!r}" for name, value in given.items() if value is not None),
-    ]
-    return f"weakspot.load({', '.join(arguments)})"
+    given = [f"{name}={value!r}" for name, value in network.arguments().items() if value is not None]
+    return f"weakspot.load({', '.join([repr(network.model), *given])})"

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.aims import find_labels
+from weakspot._checks import check_choice
+from weakspot._io.files import write_atomic
+from weakspot.budgets import L2, read_budget
+from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
+from weakspot.cli.attack_choice import find_labels
 from weakspot.cli.options import (
     QUICK_IMAGES,
     BudgetOption,
@@ -29,12 +33,14 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
+from weakspot.report.spot_figure import SpotView, spot_figure
+from weakspot.statistics.number_format import counted
+from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
+from weakspot.vulnerability.spot_map import EFFORTS
+from weakspot.vulnerability.square import enough, needless, unfound
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from weakspot.classifier import Classifier
-    from weakspot.vulnerability import SmallestSquare, WeakSpots
 
 FILES = ("maps", "scores.csv", "pairs.safetensors")
 
@@ -77,12 +83,6 @@ def map(  # noqa: A001 - the name of the command
         refuse(context, ["effort"], "with --quick, which uses the estimate (leave out one of the two)")
         limit = QUICK_IMAGES
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot._checks import check_choice
-        from weakspot._io.files import write_atomic
-        from weakspot.budgets import L2, read_budget
-        from weakspot.vulnerability import smallest_square, weak_spots
-        from weakspot.vulnerability.spot_map import EFFORTS
-
         spent = read_budget(budget)
         if getattr(spent, "eps", None) == 0:
             raise Failure(
@@ -131,9 +131,6 @@ def _table(
     """One row per image: the classes, the square, the weakest cells, and the sentence."""
     import pandas as pd
 
-    from weakspot.classifier import evaluating, predict
-    from weakspot.vulnerability.square import enough, needless, unfound
-
     pairs = squares.pairs
     with evaluating(classifier):
         clean, changed = (
@@ -176,9 +173,6 @@ def _table(
 
 def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: WeakSpots) -> Path:
     """Write a picture of each image."""
-    from weakspot._io.files import write_atomic
-    from weakspot.report.spot_figure import SpotView, spot_figure
-
     folder.mkdir(exist_ok=True)
     for number, row in scores.iterrows():
         index = int(str(number))
@@ -199,8 +193,6 @@ def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: We
 
 def _summary(scores: pd.DataFrame) -> str:
     """One sentence over all images."""
-    from weakspot.statistics.number_format import counted
-
     correct = scores[scores["label"] == scores["classified_as"]]
     if not len(correct):
         return "No image is classified as its label without a change."

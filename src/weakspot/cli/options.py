@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -107,12 +107,6 @@ FractionOption = Annotated[
         panel=ATTACK,
     ),
 ]
-TargetOption = Annotated[
-    str | None,
-    option(
-        "CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK
-    ),
-]
 STEPS = "Steps of the attack."
 StepsOption = Annotated[int, option("N", STEPS, least=1, panel=ATTACK)]
 SetOption = Annotated[
@@ -136,14 +130,6 @@ FloatOption = Annotated[
     flag(
         "--float",
         "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
-    ),
-]
-BatchSizeOption = Annotated[
-    str,
-    option(
-        "N",
-        "Images attacked at once, or auto: as many as fit in memory. Does not change results.",
-        panel=ATTACK,
     ),
 ]
 SeedOption = Annotated[int, option("N", "Seed of all random numbers.")]
@@ -186,6 +172,16 @@ class ModelOptions:
         option("HxW", "Height and width that images are resized to.", default="the model's"),
     ] = None
     device: DeviceOption = "auto"
+
+    def arguments(self) -> dict[str, Any]:
+        """What was given of the arguments of `weakspot.load`, beside the model and the device; None for the others."""
+        return {
+            "weights": None if self.weights is None else str(self.weights),
+            "mean": parse_numbers("--mean", self.mean),
+            "std": parse_numbers("--std", self.std),
+            "input_size": parse_size(self.size),
+            "class_names": read_class_names(self.classes),
+        }
 
 
 @dataclass(frozen=True)
@@ -279,15 +275,6 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not all(side.isascii() and side.isdigit() and int(side) for side in (height, width or height)):
         raise Failure(f"--size must be HEIGHTxWIDTH in pixels such as 224x224, got {text!r}")
     return int(height), int(width or height)
-
-
-def parse_batch_size(text: str) -> int | None:
-    """The batch size, None for auto."""
-    if text == "auto":
-        return None
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise Failure(f"--batch-size must be auto or an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def parse_names(text: str) -> list[str]:

@@ -13,20 +13,23 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+import torch
 import typer
+from torch import Tensor
 
 from weakspot._checks import ModelError, first_line, warn
+from weakspot._io.urls import exists
 from weakspot._progress import Display
+from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
-from weakspot.cli.options import ModelOptions, OutputOptions, parse_numbers, parse_size, read_class_names
-from weakspot.cli.output import print_json, progress_display, warnings_as_notes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weakspot.classifier import Classifier
+from weakspot.cli.options import ModelOptions, OutputOptions
+from weakspot.cli.output import print_json, working
+from weakspot.images import open_pictures, sample_images
+from weakspot.models import load
+from weakspot.models.specs import fingerprint, plain_pixels_note
+from weakspot.similarity import luma
 
 Files = dict[Path, tuple[int, int, int]]  # of each file, what changes if it is written again
 
@@ -97,15 +100,9 @@ class Session:
         Raises:
             Failure: if no image could be read.
         """
-        import torch
-
-        from weakspot.images import open_pictures, sample_images
-
         size, channels = self.classifier.input_size, self.classifier.channels
         self.display.step("reading the images")
         if samples:
-            from weakspot.similarity import luma
-
             pixels, names = sample_images(size)
             return Images(luma(pixels) if channels == 1 else pixels, names, names)
         read: list[tuple[str, Tensor]] = []
@@ -141,7 +138,6 @@ class Session:
     def provenance(self, seed: int) -> dict[str, str]:
         """How the results were made, for the report and run.json."""
         from weakspot.audit.store.run_info import versions
-        from weakspot.models.specs import fingerprint
 
         classifier = self.classifier
         made = {
@@ -204,12 +200,7 @@ def open_session(
     started, results = time.perf_counter(), sys.stdout
     # `Commands.invoke` calls it if the command is interrupted.
     context.meta[WRITTEN_KEY] = lambda: _describe_written(out, files, before)
-    # Text that a model prints must not end up among the results.
-    with (
-        redirect_stdout(sys.stderr),
-        warnings_as_notes(output.quiet),
-        progress_display(output.silent) as display,
-    ):
+    with working(quiet=output.quiet, silent=output.silent) as display:
         display.step("loading the model")
         yield Session(context, output, network, out, display, load_classifier(network), results, started)
 
@@ -258,8 +249,6 @@ def check_existing(sources: Sequence[Path | str]) -> None:
     Raises:
         typer.Exit: with code 4, if none of them exists.
     """
-    from weakspot._io.urls import exists
-
     missing = [source for source in sources if not exists(str(source))]
     for source in missing:
         complain(f"{source}: no such file or folder")
@@ -272,21 +261,7 @@ def load_classifier(options: ModelOptions, *, remedy: str = "give --mean and --s
 
     A note says if a network of the user's gets images that are not normalized, and what the `remedy` is.
     """
-    import torch
-
-    from weakspot.classifier import evaluating, predict
-    from weakspot.models import load
-    from weakspot.models.specs import plain_pixels_note
-
-    classifier = load(
-        options.model,
-        weights=options.weights,
-        device=options.device,
-        mean=parse_numbers("--mean", options.mean),
-        std=parse_numbers("--std", options.std),
-        input_size=parse_size(options.size),
-        class_names=read_class_names(options.classes),
-    )
+    classifier = load(options.model, device=options.device, **options.arguments())
     # One gray image shows early whether channels and size fit, before images are read.
     shape = (classifier.channels, *classifier.input_size)
     try:

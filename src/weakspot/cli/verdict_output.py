@@ -19,11 +19,11 @@ from weakspot.cli.output import (
     shorten_name,
 )
 from weakspot.cli.session import Session
+from weakspot.explanations import Explanation
+from weakspot.statistics.number_format import counted, p_value, percent
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from weakspot.explanations import Explanation
 
 SQUARES = "weak_spots"  # the analysis that finds the smallest squares
 
@@ -105,8 +105,6 @@ class VerdictOutput:
 
     def _print_verdicts(self, explanation: Explanation) -> None:
         """The verdict on each image of the table."""
-        from weakspot.statistics.number_format import counted
-
         rows, more = self._rows(explanation)
         for index, row in enumerate(rows):
             self.printed[index] = explanation.verdict(index)
@@ -125,7 +123,6 @@ class VerdictOutput:
 def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool) -> None:
     """A row for each image: classes before and after, and where the effect lies if the verdict says so."""
     from weakspot.report.image_verdict import headline
-    from weakspot.statistics.number_format import p_value, percent
 
     placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
     compared = "relation" in scores and bool(scores["relation"].notna().any())
