@@ -78,6 +78,8 @@ def test_sample_images_have_the_channels_of_the_classifier(run: Run, session: Se
     ("check", "message"),
     [
         (lambda: parse_number("--eps", "four"), "--eps must be a number such as 0.03 or 8/255, got 'four'"),
+        # A number whose digits would fill the memory.
+        (lambda: parse_number("--eps", "1e99999999"), "--eps must be a number such as 0.03"),
         (lambda: parse_number("--eps", "1/0"), "--eps must be a number"),
         (
             lambda: parse_numbers("--mean", "a,b"),

@@ -1,17 +1,18 @@
 """Options that several commands share, each with one name, one default, one help text and one meaning."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from weakspot.budgets.parse import BUDGETS
+from weakspot.budgets.parse import BUDGETS, read_amount
 from weakspot.cli.app import UNREADABLE, Failure
 from weakspot.datasets.labels import LABEL_FILE
 from weakspot.regions.spec import REGIONS, RegionSpec, region_forms
@@ -250,10 +251,11 @@ def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str 
 
 def parse_number(name: str, text: str) -> float:
     """A number such as 0.03 or 8/255."""
-    try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise Failure(f"{name} must be a number such as 0.03 or 8/255, got {text!r}") from None
+    with suppress(ValueError):
+        number = read_amount(text.replace(" ", ""))
+        if math.isfinite(number):
+            return number
+    raise Failure(f"{name} must be a number such as 0.03 or 8/255, got {text!r}")
 
 
 def parse_numbers(name: str, text: str | None) -> list[float] | None:
