@@ -85,8 +85,6 @@ def from_training(folder: Path) -> Classifier:
         model.name = f"{name} trained {_recipe(record)}"
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: {error}") from None
-    for module in model.modules():
-        module.training = False
     return model
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import first_line
-from weakspot.logits import logits_of
+from weakspot.logits import filled, logits_of
 
 OPERATORS = re.compile(
     r"torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.(?!from_file\b)\w+\.\w+|"
@@ -103,12 +103,10 @@ class ExportedNetwork(nn.Module):
         self.fixed_batch = batch
 
     def forward(self, images: Tensor) -> Tensor:
-        outputs = []
-        for part in images.split(self.fixed_batch):
-            missing = self.fixed_batch - len(part)
-            filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
-            outputs.append(logits_of(self.network(filled))[: len(part)])
-        return torch.cat(outputs)
+        parts = images.split(self.fixed_batch)
+        return torch.cat(
+            [logits_of(self.network(filled(part, self.fixed_batch)))[: len(part)] for part in parts]
+        )
 
 
 @contextmanager
