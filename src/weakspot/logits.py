@@ -37,17 +37,14 @@ def logits_of(output: object) -> Tensor:
             if isinstance(output, Tensor)
             else type(output).__name__
         )
+        # One value for each image.
+        is_one = isinstance(output, Tensor) and output.ndim > 0 and output.numel() == len(output)
+        remedy = " (one logit, z against 0: wrap the network in weakspot.OneLogit)" if is_one else ""
         raise ValueError(
             "the network must return logits of shape (images, classes) with at least two classes, a tuple or mapping "
-            f"that holds them, or an object with .logits, got {value}{_remedy(output)}"
+            f"that holds them, or an object with .logits, got {value}{remedy}"
         )
     return logits.flatten(1)
-
-
-def _remedy(output: object) -> str:
-    """What to do with one value for each image."""
-    is_one = isinstance(output, Tensor) and output.ndim > 0 and output.numel() == len(output)
-    return " (one logit, z against 0: wrap the network in weakspot.OneLogit)" if is_one else ""
 
 
 class OneLogit(nn.Module):

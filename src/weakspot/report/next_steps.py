@@ -4,8 +4,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pandas as pd
-
 from weakspot.explanations.explanation import Explanation
 from weakspot.report.image_verdict import located
 from weakspot.statistics import LEAST_OTHERS, LEAST_REGION
@@ -59,7 +57,8 @@ def next_steps(explanation: Explanation) -> list[Step]:
                 f"weakspot attack photos/ --attack ensemble{_budget(made)}{model} --out runs/ensemble",
             )
         )
-    if _few_cells(fooled):
+    # Of no image at all, the mean is NaN, which is not greater.
+    if "necessary_fraction" in fooled and (fooled["necessary_fraction"] <= FEW_CELLS).mean() > 0.5:
         stopped = "the successful attack" if len(fooled) == 1 else "most of the successful attacks"
         steps.append(
             Step(
@@ -117,12 +116,6 @@ def _of(part: int, total: int, every: int) -> str:
     if part == total:
         return f"Both {noun}s are" if total == 2 else f"All {counted(total, noun)} are"
     return f"{part} of {counted(total, noun)} {'is' if part == 1 else 'are'}"
-
-
-def _few_cells(fooled: pd.DataFrame) -> bool:
-    if "necessary_fraction" not in fooled or fooled.empty:
-        return False
-    return bool((fooled["necessary_fraction"] <= FEW_CELLS).mean() > 0.5)
 
 
 def _words(made: Mapping[str, str]) -> list[str]:
