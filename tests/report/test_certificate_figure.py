@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from weakspot.report.certificate_figure import CertificateView, certificate_figure
+from weakspot.report.robustness_figures import CertificateView, certificate_figure
 
 STATUS = np.array([[1, 1, 0, 0], [1, -1, 0, 1], [-1, 1, 1, 1]], dtype=np.int8)
 REGION = np.ones((3, 4), dtype=bool)

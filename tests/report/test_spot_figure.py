@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from weakspot.report.spot_figure import SpotView, spot_figure
+from weakspot.report.robustness_figures import SpotView, spot_figure
 
 ESTIMATE = (np.array([[1, 2, 4], [8, 16, np.inf]]) / 255).astype(np.float32)
 VIEW = SpotView(np.full((3, 20, 30), 0.4, dtype=np.float32), ESTIMATE, (6, 2, 11))

@@ -46,7 +46,7 @@ from weakspot.proofs import (
 )
 from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.sentences import patch_sentence, pixel_sentence, pixels_summary
-from weakspot.report.certificate_figure import CertificateView, certificate_figure
+from weakspot.report.robustness_figures import CertificateView, certificate_figure
 
 if TYPE_CHECKING:
     import pandas as pd

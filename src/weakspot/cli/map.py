@@ -33,7 +33,7 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
-from weakspot.report.spot_figure import SpotView, spot_figure
+from weakspot.report.robustness_figures import SpotView, spot_figure
 from weakspot.statistics.number_format import counted
 from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
 from weakspot.vulnerability.spot_map import EFFORTS

@@ -121,7 +121,7 @@ def certify_mask(bench: Bench, request: Request, send: Send) -> Message:
         request: image, mask, colors, and the seconds after which the rest stays unknown.
         send: takes the fraction done.
     """
-    from weakspot.report.certificate_figure import CertificateView, certificate_chart
+    from weakspot.report.robustness_figures import CertificateView, certificate_chart
 
     exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
     mask = request.brushed("mask", exhibit.size)
