@@ -35,7 +35,7 @@ from PIL import Image
 from benchmarks import gallery
 from benchmarks.records import recorded
 from weakspot import load, sample_images
-from weakspot.report.bundle import drawing_modules
+from weakspot.report.rendering import drawing_modules
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -29,7 +29,7 @@ from weakspot import Classifier
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.service import Service
-from weakspot.report.bundle import bundled, drawing_modules
+from weakspot.report.rendering import bundled, drawing_modules
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 pytestmark = [

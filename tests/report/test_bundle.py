@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weakspot.report.bundle import bundled, drawing_modules
+from weakspot.report.rendering import bundled, drawing_modules
 
 NODE = shutil.which("node") or ""
 needs_node = pytest.mark.skipif(not NODE, reason="node runs the scripts")

@@ -18,7 +18,7 @@ from weakspot.explorer.access import Access, Guard
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import MASK_BYTES, UPLOAD_BYTES, Message, RequestError
 from weakspot.explorer.worker import Task
-from weakspot.report.bundle import drawing_modules
+from weakspot.report.rendering import drawing_modules
 
 if TYPE_CHECKING:
     from weakspot.explorer.gallery_desk import RecordDesk

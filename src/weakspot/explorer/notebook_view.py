@@ -11,7 +11,7 @@ from typing import Protocol
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message
 from weakspot.explorer.worker import Task
-from weakspot.report.bundle import bundled, drawing_modules
+from weakspot.report.rendering import bundled, drawing_modules
 
 JOBS = 16  # of all views of a widget at once
 
