@@ -227,7 +227,7 @@ def test_controls_are_independent_of_shards_batches_and_interruptions(quarters: 
 def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, OpenedImages]]]:
     classifier = load_planned(run.plan.model)
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
-    machine = AuditModel.of(Job.of(run.plan, classifier, listing))
+    machine = AuditModel(Job.of(run.plan, classifier, listing))
 
     def make(opened: OpenedImages) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)

@@ -58,7 +58,7 @@ class LocalEngine:
     about: Mapping[str, str | int | None] = {"name": "local"}
 
     def results(self, job: Job, backlog: Backlog, progress: Progress) -> Results:
-        model = AuditModel.of(job)
+        model = AuditModel(job)
         for groups in backlog.values():
             yield from attack_groups(model, job, groups, progress)
 

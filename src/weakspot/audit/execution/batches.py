@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from weakspot._checks import NotFiniteError, describe_error, first_line, warn
-from weakspot.audit.execution.job import Job, default_group
+from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import Donors
 from weakspot.classifier import Classifier
 from weakspot.models.probe import Watch
 
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 # Errors of the machine; any other OSError comes from a model or an attack and concerns the image at hand.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 NOT_FINITE = "the model returned NaN or infinity"
@@ -43,7 +37,7 @@ class FixedBatchClassifier(Classifier):
         smallest_group: lower limit of `group`.
     """
 
-    def __init__(self, classifier: Classifier, group: int | None = None) -> None:
+    def __init__(self, classifier: Classifier, group: int) -> None:
         super().__init__(
             classifier.network,
             mean=classifier.mean.flatten().tolist(),
@@ -57,7 +51,7 @@ class FixedBatchClassifier(Classifier):
         self.to(classifier.mean.device)
         # A network exported for one batch size accepts no other group.
         self.smallest_group = classifier.fixed_batch or 1
-        self.group = classifier.fixed_batch or group or default_group(classifier)
+        self.group = classifier.fixed_batch or group
 
     @property
     def group(self) -> int:
@@ -202,9 +196,8 @@ class AdaptiveBatches:
         return True
 
 
-@dataclass(eq=False)
 class AuditModel:
-    """The network as an audit uses it, and what is known about memory.
+    """The network of a job as its audit uses it, and what is known about memory.
 
     Attributes:
         classifier: as it was loaded; analyses look inside it.
@@ -215,25 +208,13 @@ class AuditModel:
         donors: the other images of the run.
     """
 
-    classifier: Classifier
-    fixed: FixedBatchClassifier
-    attack_batches: AdaptiveBatches
-    analysis_batches: AdaptiveBatches
-    watch: Watch
-    donors: Donors
-
-    @classmethod
-    def of(cls, job: Job) -> AuditModel:
-        """Prepare the classifier of a job."""
-        classifier, fixed = job.classifier, FixedBatchClassifier(job.classifier, job.group)
-        return cls(
-            classifier,
-            fixed,
-            AdaptiveBatches(fixed),
-            AdaptiveBatches(None),
-            Watch(classifier),
-            Donors(job.listing, classifier, job.plan.seed),
-        )
+    def __init__(self, job: Job) -> None:
+        self.classifier = job.classifier
+        self.fixed = FixedBatchClassifier(job.classifier, job.group)
+        self.attack_batches = AdaptiveBatches(self.fixed)
+        self.analysis_batches = AdaptiveBatches(None)
+        self.watch = Watch(job.classifier)
+        self.donors = Donors(job.listing, job.classifier, job.plan.seed)
 
     def predict(self, images: Tensor, errors: Errors) -> Tensor:
         """Logits (N, K), computed in groups; NaN for images on which the network raised, which get an error."""

@@ -25,27 +25,8 @@ from weakspot.pairs import AttackResult
 if TYPE_CHECKING:
     import pandas as pd
 
-COMPARED = (
-    "_null",
-    "_null_low",
-    "_null_high",
-    "_p",
-    "_q",
-)  # suffixes of what depends on the other images of a batch
-MEASURES = (
-    "success",
-    "success_8bit",
-    "n_forward",
-    "n_backward",
-    "linf",
-    "l2",
-    "l1",
-    "pixels",
-    "ssim_windowed",
-    "ssim_windowed_min",
-    "ssim_budget_spent",
-    "ssim_local_budget_spent",
-)
+# Suffixes of what depends on the other images of a batch.
+COMPARED = ("_null", "_null_low", "_null_high", "_p", "_q")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +109,10 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
     columns.set_where("confidence_clean", _confidence(clean.logits, clean.labels), finite)
     columns.set_where("margin_clean", margin(clean.logits, clean.labels), finite)
     if cell.result is not None and cell.logits is not None:
-        table = cell.result.table
-        for name in MEASURES:
-            if name in table:
-                columns.set(name, cell.rows, table[name].to_numpy())
+        # Labels are known for the images that were not attacked as well, and are set above.
+        table = cell.result.table.drop(columns="label")
+        for name in table.columns.intersection(list(COLUMNS)):
+            columns.set(name, cell.rows, table[name].to_numpy())
         # The attacked image may make the network return NaN even though the attack succeeded earlier.
         fine, labels = cell.logits.isfinite().all(1), clean.labels[cell.rows]
         rows = cell.rows[fine]

@@ -184,7 +184,7 @@ def _load(task: Task) -> tuple[Job, AuditModel]:
             )
     spec = task.plan.model.spec
     job = Job.of(task.plan, load_planned(task.plan.model), task.listing)
-    model = AuditModel.of(job)
+    model = AuditModel(job)
     if model.watch.weights != task.fingerprint:
         raise ValueError(
             f"model {spec} has other weights on the machine {node} (fingerprint {model.watch.weights}) than where the "
