@@ -98,7 +98,7 @@ class OtherImageTest:
     direction: Tensor
 
     def __repr__(self) -> str:
-        return _summary(self, len(self.value))
+        return _summary(self)
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name, name_null, name_p, name_q."""
@@ -236,7 +236,7 @@ class ShiftTest:
     p: Tensor
 
     def __repr__(self) -> str:
-        return _summary(self, len(self.value))
+        return _summary(self)
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name_shift_null, name_shift_p."""
@@ -259,7 +259,7 @@ def shift_test(over_shifts: Tensor) -> ShiftTest:
     return ShiftTest(value=observed[:, 0], null=values.mean(1), p=torch.where(undefined, torch.nan, p))
 
 
-def _summary(test: OtherImageTest | ShiftTest, images: int) -> str:
+def _summary(test: OtherImageTest | ShiftTest) -> str:
     below = int((test.p <= 0.05).sum())
     value, null = (float(field.nanmean()) for field in (test.value, test.null))
-    return f"{type(test).__name__}({images} images: mean {value:.3g}, null {null:.3g}, p <= .05 for {below})"
+    return f"{type(test).__name__}({len(test.value)} images: mean {value:.3g}, null {null:.3g}, p <= .05 for {below})"
