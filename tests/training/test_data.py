@@ -27,8 +27,8 @@ from torch.utils.data import (
 from tests.training.tiny import fresh, halves, quick_train, weights
 from weakspot.classifier import as_classifier
 from weakspot.datasets import from_tensors, read_labeled
-from weakspot.training import backgrounds
-from weakspot.training.data import Augmentation, as_labeled
+from weakspot.training import data as training_data
+from weakspot.training.data import Augmentation, as_labeled, find_backgrounds
 
 
 class Lazy(Dataset[tuple[Tensor, int]]):
@@ -197,9 +197,9 @@ def test_masks_are_cropped_and_flipped_with_their_images() -> None:
 def test_backgrounds_resume_after_a_crash_and_are_found_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backgrounds, "CHUNK", 8)
+    monkeypatch.setattr(training_data, "CHUNK", 8)
     images = from_tensors(*halves(50))
-    whole = backgrounds.find_backgrounds(images)
+    whole = find_backgrounds(images)
     first: list[float] = []
 
     def crash(done: float) -> None:
@@ -208,16 +208,16 @@ def test_backgrounds_resume_after_a_crash_and_are_found_once(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        backgrounds.find_backgrounds(images, cache=tmp_path, progress=crash)
+        find_backgrounds(images, cache=tmp_path, progress=crash)
     (part,) = tmp_path.iterdir()
     with part.open("ab") as file:
         file.write(b"torn")
     second: list[float] = []
-    resumed = backgrounds.find_backgrounds(images, cache=tmp_path, progress=second.append)
+    resumed = find_backgrounds(images, cache=tmp_path, progress=second.append)
     assert second[0] == pytest.approx(first[-1] + 8 / 50), "the finished chunks are not found again"
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
     rows = torch.tensor([49, 0, 17])
-    for stored in (resumed, backgrounds.find_backgrounds(images, cache=tmp_path, progress=crash)):
+    for stored in (resumed, find_backgrounds(images, cache=tmp_path, progress=crash)):
         assert torch.equal(stored.masks(rows), whole.masks(rows))
 
 

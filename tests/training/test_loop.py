@@ -21,8 +21,8 @@ from weakspot._checks import ModelWarning
 from weakspot.classifier import Classifier
 from weakspot.datasets import from_tensors
 from weakspot.training import RECIPES, loop
-from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.config import ResolvedConfig
+from weakspot.training.data import Backgrounds, find_backgrounds
 from weakspot.training.fit import make_fabric
 from weakspot.training.robust_accuracy import HeldOut, held_out_images, split
 

@@ -202,9 +202,8 @@ class ResolvedConfig(TrainConfig):
         """Forward and backward passes over the network for every image of an epoch, those of the attack included."""
         recipe, attacked = find_recipe(self.recipe), self.attacked / self.batch_size
         steps = {"none": 0, "noise": 0, "step": 1, "descent": self.steps}[recipe.search]
-        return 1 + attacked * (
-            steps + recipe.trades
-        )  # TRADES passes attacked images on beside the clean ones
+        # TRADES passes attacked images on beside the clean ones.
+        return 1 + attacked * (steps + recipe.trades)
 
     def rate(self, progress: float) -> float:
         """The learning rate after this fraction of all updates: a cosine to zero (arXiv 1608.03983, equation 5)."""

@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,7 +24,6 @@ from weakspot._progress import Progress, part
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
-from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.checkpoint import (
     CHECKPOINT,
     WEIGHTS,
@@ -37,6 +36,7 @@ from weakspot.training.checkpoint import (
     write_record,
 )
 from weakspot.training.config import ResolvedConfig, find_recipe
+from weakspot.training.data import Backgrounds, find_backgrounds
 from weakspot.training.loop import Callbacks, Loop
 from weakspot.training.robust_accuracy import held_out_images, split
 
@@ -102,13 +102,13 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
     # Finding backgrounds was the first part of the progress bar.
     if backgrounds is not None:
         progress = part(progress, BACKGROUND_PROGRESS, 1)
-    with deferred_interrupts() as interrupts:
+    with deferred_interrupts() as raise_if_interrupted:
         loop.run(
             replace(
                 callbacks,
                 save=save_state if out is not None else None,
                 progress=progress,
-                raise_if_interrupted=interrupts.raise_if_interrupted,
+                raise_if_interrupted=raise_if_interrupted,
             )
         )
     loop.finish()
@@ -214,34 +214,31 @@ def _started_processes() -> tuple[int, int]:
     return 1, 1
 
 
-class Interrupts:
-    """Whether the user asked to stop."""
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Note the first Ctrl-C instead of raising; a second one raises. Only in the main thread.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Yields:
+        A function that raises KeyboardInterrupt if there was one.
+    """
+    requested = False
 
-    def raise_if_interrupted(self) -> None:
-        """Raises KeyboardInterrupt if the user asked to stop."""
-        if self.requested:
+    def raise_if_interrupted() -> None:
+        if requested:
             raise KeyboardInterrupt
 
-
-@contextmanager
-def deferred_interrupts() -> Iterator[Interrupts]:
-    """Note the first Ctrl-C instead of raising; a second one raises. Only in the main thread."""
-    interrupts = Interrupts()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupts
-        return
-
     def note(number: int, frame: FrameType | None) -> None:
-        if interrupts.requested:
+        nonlocal requested
+        if requested:
             signal.default_int_handler(number, frame)
-        interrupts.requested = True
+        requested = True
 
+    if threading.current_thread() is not threading.main_thread():
+        yield raise_if_interrupted
+        return
     earlier = signal.signal(signal.SIGINT, note)
     try:
-        yield interrupts
+        yield raise_if_interrupted
     finally:
         signal.signal(signal.SIGINT, earlier if earlier is not None else signal.default_int_handler)
 

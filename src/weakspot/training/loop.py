@@ -21,10 +21,9 @@ from weakspot.datasets import LabeledImages
 from weakspot.datasets.labeled import as_float
 from weakspot.statistics.number_format import percent
 from weakspot.training.adversary import perturbed, scattered, trades_loss, uniform_noise
-from weakspot.training.backgrounds import Backgrounds
 from weakspot.training.checkpoint import Best, State
 from weakspot.training.config import ResolvedConfig, find_recipe
-from weakspot.training.data import Augmentation, mixed_seed, read_in_workers
+from weakspot.training.data import Augmentation, Backgrounds, mixed_seed, read_in_workers
 from weakspot.training.input_gradient import fast_input_gradient
 from weakspot.training.robust_accuracy import HeldOut, collapsed
 

@@ -18,8 +18,8 @@ from weakspot.budgets import Budget
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.datasets import LabeledImages
 from weakspot.regions import matched
-from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.config import ResolvedConfig, find_recipe
+from weakspot.training.data import Backgrounds, find_backgrounds
 
 TESTS = {
     "clean": "no attack",
@@ -29,9 +29,8 @@ TESTS = {
     "swapped": "the background of another image behind the object",
 }
 GRAY_STEPS, COLOR_STEPS = 40, 20  # of PGD: MNIST and CIFAR-10 as Madry et al. 2018 (arXiv 1706.06083) test
-SPLIT_SEED = (
-    0  # the split depends on the data only, so that all seeds and recipes are compared on the same images
-)
+# The split depends on the data only, so that all seeds and recipes are compared on the same images.
+SPLIT_SEED = 0
 HELD_OUT_STEPS = 10  # of the evaluating attack; many, because single-step training overfits to single steps
 LARGEST_FALL = 0.2  # robust accuracy that fell by more than this, ...
 REMAINING = 0.5  # ... to less than this fraction of its best, has collapsed
