@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from weakspot import Classifier, ImageWarning, regions
-from weakspot.cli.attack_choice import Aim, AimOptions, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, explained
+from weakspot.cli.attack_choice import Aim, AimOptions, find_region
 
 
 def named(path: Path, images: Tensor) -> Tensor:
