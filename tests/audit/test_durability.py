@@ -29,7 +29,13 @@ from weakspot.audit import AttackPlan, AuditInterrupt, AuditProgress, Plan, Run,
 from weakspot.audit.execution import attacked_groups, job
 from weakspot.audit.execution.job import Job, affordable_group, estimated_passes, forward_flops
 from weakspot.audit.store.records import shard_files
-from weakspot.audit.store.unfinished import merged, read_unfinished, unfinished_files, write_unfinished
+from weakspot.audit.store.unfinished import (
+    merged,
+    read_unfinished,
+    remove_unfinished,
+    unfinished_files,
+    write_unfinished,
+)
 
 __all__ = ["audited", "networks", "pictures"]  # fixtures
 CELLS = 4
@@ -207,6 +213,12 @@ def test_a_killed_writer_of_unfinished_results_leaves_a_draft_that_is_removed(
     (out / "unfinished/.0000002-aa.safetensors.1").touch()
     same_records(whole, resume(out))
     assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def test_the_folder_of_results_that_did_not_fit_the_disk_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    remove_unfinished(tmp_path, {0})
+    assert not list(tmp_path.iterdir())
 
 
 # --- sizes of groups

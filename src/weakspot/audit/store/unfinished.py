@@ -143,13 +143,13 @@ def read_unfinished(path: Path) -> list[GroupResult]:
 
 def remove_unfinished(folder: Path, shards: Iterable[int]) -> None:
     """Remove the unfinished files of these shards and, once it is empty, their folder."""
-    shards = set(shards)
-    files = unfinished_files(folder)
-    gone = [path for path in files if shard_number(path) in shards]
-    for path in gone:
-        path.unlink()
-    if gone and len(gone) == len(files):
-        (folder / UNFINISHED).rmdir()
+    shards, home = set(shards), folder / UNFINISHED
+    for path in unfinished_files(folder):
+        if shard_number(path) in shards:
+            path.unlink()
+    # It is empty as well if the disk was full when its first file was written.
+    if home.is_dir() and not any(home.iterdir()):
+        home.rmdir()
 
 
 @dataclass(frozen=True, eq=False)
