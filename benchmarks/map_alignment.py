@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weakspot import Classifier, class_activation, load
 from weakspot.attribution.alignment import effective_grid, receptive_grid
-from weakspot.attribution.importance import ALIGNMENTS
+from weakspot.attribution.cam import ALIGNMENTS
 from weakspot.attribution.layers import find_layer
 from weakspot.classifier import evaluating, predict
 

@@ -17,7 +17,7 @@ import weakspot
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd, pixel_sweep
-from weakspot.attribution import class_activation, importance
+from weakspot.attribution import cam, class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
 from weakspot.edits import engine
@@ -220,7 +220,7 @@ def test_layers_alignments_and_recordings_are_found_once(
 
         return counted
 
-    for name, module in (("find_layer", importance), ("effective_grid", importance), ("_prepare", engine)):
+    for name, module in (("find_layer", cam), ("effective_grid", cam), ("_prepare", engine)):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     pairs = attacked(model, images)
     explain(model, pairs)

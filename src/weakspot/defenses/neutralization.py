@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from weakspot import _random
 from weakspot._checks import check_batch, check_choice, check_fraction, check_region, check_seed, is_number
-from weakspot.attribution.importance import class_activations
+from weakspot.attribution.cam import class_activations
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, check_images, evaluating
 from weakspot.defenses.randomized import DrawnByImage
 from weakspot.regions import top

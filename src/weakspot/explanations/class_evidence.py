@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_fraction
-from weakspot.attribution.importance import class_activation, class_activations
+from weakspot.attribution.cam import class_activation, class_activations
 from weakspot.classifier import evaluating, predict
 from weakspot.explanations.agreement import (
     WHOLE,

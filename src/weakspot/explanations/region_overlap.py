@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot._checks import check_fraction, check_seed, unknown_choice
-from weakspot.attribution.importance import class_activation, logit_gradient, occlusion
+from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.integrated_gradients import MarginDrop, margin_drop
+from weakspot.attribution.occlusion_map import occlusion
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import (
     WHOLE,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_seed
 from weakspot.attacks import pgd
-from weakspot.attribution.importance import class_activation
+from weakspot.attribution.cam import class_activation
 from weakspot.classifier import Classifier, default_batch, evaluating, predict
 from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_fraction
 from weakspot.explanations.alignment_findings import (

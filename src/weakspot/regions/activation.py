@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ImageWarning, ModelWarning, check_classes, check_fraction, warn
-from weakspot.attribution.importance import class_activation, class_activations
+from weakspot.attribution.cam import class_activation, class_activations
 from weakspot.classifier import check_images, evaluating
 from weakspot.regions.masks import superpixels, top
 
