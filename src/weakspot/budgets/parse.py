@@ -5,7 +5,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from weakspot._checks import unknown_choice
-from weakspot.budgets.norms import L1, L2, Budget, Linf
+from weakspot.budgets.base import Budget
+from weakspot.budgets.norms import L1, L2, Linf
 from weakspot.budgets.ssim import SSIM
 
 

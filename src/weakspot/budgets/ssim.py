@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import check_choice, check_count, is_number
-from weakspot.budgets.norms import PreparedBudget
+from weakspot.budgets.base import PreparedBudget
 from weakspot.budgets.patches import C1, TINY, Patches, by_patch
 
 MODES = ("global", "local")
