@@ -16,9 +16,10 @@ from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
 from weakspot.attacks import ensemble
+from weakspot.attacks.auto_pgd import _State, adaptive_descent, checkpoints
 from weakspot.attacks.context import AttackOptions, attack_context
-from weakspot.attacks.ensembles import _State, adaptive_descent, checkpoints, square_search
 from weakspot.attacks.losses import cross_entropy
+from weakspot.attacks.square_search import square_search
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 
 BUDGETS: list[Budget] = [Linf(4 / 255), L2(0.3), L1(2.0), SSIM(0.002), SSIM(0.002, mode="local")]

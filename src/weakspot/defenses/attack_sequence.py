@@ -13,9 +13,9 @@ from weakspot._progress import Progress, part
 from weakspot.attacks import bim, ensemble
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.eight_bit import fit, on_8bit_images
-from weakspot.attacks.ensembles import square_search
 from weakspot.attacks.gradient import Search, random_start, shrinking_steps
 from weakspot.attacks.losses import margin
+from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating, predict
 from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
