@@ -48,6 +48,7 @@ from weakspot.models import load
 from weakspot.models.probe import Watch
 from weakspot.models.specs import plain_pixels_note
 from weakspot.regions import read_region
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -250,16 +251,17 @@ def recover(
         files = enumerated(dict.fromkeys(paths))
         images = sum(job.size(number) for number in damage)
         remarks.append(
-            f"Damaged files were found ({files}); the results of the {images:,} images in their shards were discarded."
+            f"Damaged files were found ({files}); the results of {counted(images)} in their shards were discarded."
         )
     # Damaged shards are computed again anyway, so their images need no comparison.
     changed, returned = _changed(store.folder, job, skip=damage)
     kept, edited = _kept(store, job, skip=damage)
     if changed or edited:
         names = [*(name for number in sorted(changed) for name in changed[number]), *edited]
-        were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
+        were = "was" if len(names) == 1 else "were"
         remarks.append(
-            f"{were} changed after being attacked ({enumerated(names)}); the earlier results were discarded."
+            f"{counted(len(names))} {were} changed after being attacked ({enumerated(names)}); the earlier results "
+            "were discarded."
         )
     for remark in remarks:
         warn(remark, UserWarning)

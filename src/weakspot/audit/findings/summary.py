@@ -85,7 +85,7 @@ def summarize(run: Run) -> Summary:
     ).fetchall()[0]
     counts = run.info.labels
     # A run over several folders or arrays can have several sources of labels.
-    sources = [f"{LABEL_SOURCES[key]} ({count} images)" for key, count in counts.items()]
+    sources = [f"{LABEL_SOURCES[key]} ({counted(count)})" for key, count in counts.items()]
     return Summary(
         cells=tuple(cells),
         images=images,

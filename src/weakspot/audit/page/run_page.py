@@ -317,7 +317,7 @@ def _made(run: Run) -> dict[str, str]:
         "images": ", ".join(plan.sources),
         "attacks": "; ".join(map(_attack_settings, plan.attacks)),
         "regions": ", ".join(plan.reported_regions),
-        "controls": f"for each region, the regions of {plan.control_images} other images"
+        "controls": f"for each region, the regions of {counted(plan.control_images, 'other image')}"
         if plan.controls
         else "",
         "area of cam": f"{percent(plan.fraction)} of the image",

@@ -32,6 +32,7 @@ from weakspot.audit.store.run_info import RUN_FILE, RunInfo, versions
 from weakspot.audit.store.stored_maps import MapCheck, StoredMaps
 from weakspot.audit.store.stores import download
 from weakspot.explanations.explanation import Explanation
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -95,8 +96,11 @@ class Run:
         model, images = self.info.model, self.info.images
         facts = [self.info.status, "no model yet" if model is None else model.name]
         if images is not None:
-            facts.append(f"{images.listed:,} images")
-        facts += [f"{len(self.plan.attacks)} attacks", f"{len(self.plan.reported_regions)} regions"]
+            facts.append(counted(images.listed))
+        facts += [
+            counted(len(self.plan.attacks), "attack"),
+            counted(len(self.plan.reported_regions), "region"),
+        ]
         return f"Run({self.name!r}: {', '.join(facts)})"
 
     @property
