@@ -1,7 +1,5 @@
 """The units of a dissected network under attack: what `weakspot dissect --images` adds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

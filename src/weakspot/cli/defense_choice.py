@@ -1,7 +1,5 @@
 """The choice of a defense: a built-in one with its arguments, or a factory of the user's own."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """`weakspot dissect`: which concepts the units of a network detect, and which units an attack moves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial

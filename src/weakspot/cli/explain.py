@@ -1,7 +1,5 @@
 """`weakspot explain`: attack images, or read pairs, and explain them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

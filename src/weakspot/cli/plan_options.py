@@ -1,7 +1,5 @@
 """The plan of an audit on the command line: options, and a plan.toml that they override."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`weakspot train`: train a network by a recipe, or one by each of several recipes and compare them."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

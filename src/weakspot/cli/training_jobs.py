@@ -1,7 +1,5 @@
 """Training jobs: one network, alone or tested, or one for each recipe of the matrix, and how their results print."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Batches whose results do not depend on what is in them, and their recovery from errors and from lack of memory."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable
 from typing import TypeVar
