@@ -251,7 +251,7 @@ def recover(
         files = enumerated(dict.fromkeys(paths))
         images = sum(job.size(number) for number in damage)
         remarks.append(
-            f"Damaged files were found ({files}); the results of {counted(images)} in their shards were discarded."
+            f"Damaged files were found ({files}); the results of the {counted(images)} in their shards were discarded."
         )
     # Damaged shards are computed again anyway, so their images need no comparison.
     changed, returned = _changed(store.folder, job, skip=damage)
