@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
 import shlex
 import sys
+import types
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 
+import weakspot
 from benchmarks import records
 from weakspot import cli
 from weakspot.attacks import available_attacks
@@ -289,3 +292,17 @@ def test_stored_reproductions_are_those_of_today(path: Path) -> None:
     assert f"paper-{path.stem}.md" in (ROOT / "mkdocs.yml").read_text("utf-8")
     assert result.made.cpu_seconds > 0
     assert "/tmp" not in result.made.command  # noqa: S108 - no path of one machine
+
+
+def test_the_reference_has_every_name_of_the_face() -> None:
+    shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "reference.md").read_text("utf-8"), re.MULTILINE)
+    known: set[str] = set()
+    for target in shown:
+        room, _, name = target.rpartition(".")
+        try:
+            known |= set(importlib.import_module(target).__all__)
+        except ImportError:
+            assert hasattr(importlib.import_module(room), name), target
+            known.add(name)
+    modules = {name for name in weakspot.__all__ if isinstance(getattr(weakspot, name), types.ModuleType)}
+    assert set(weakspot.__all__) - modules <= known
