@@ -31,11 +31,12 @@ from benchmarks import peers, real
 from benchmarks.records import recorded
 from weakspot import load, sample_images
 from weakspot.attacks import minimal_pgd
+from weakspot.attacks.confined import cropped
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import cell_numbers, estimate_places, linearize
 from weakspot.attacks.losses import margin
-from weakspot.attacks.minimum_norm import NORMS, _walk
-from weakspot.attacks.smallest_change import SmallestChange, Starts, cropped
+from weakspot.attacks.minimum_norm import NORMS, walk
+from weakspot.attacks.smallest_change import SmallestChange, Starts
 from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.regions import background, cam
 
@@ -101,7 +102,7 @@ def cases(network: str, count: int, folder: Path) -> list[Case]:
 
 def fmn_300(part: Problem, _: Tensor) -> Tensor:
     best = BestSoFar(part, NORMS["linf"].size, 0.0)
-    _walk(NORMS["linf"], best, STEPS, None)
+    walk(NORMS["linf"], best, STEPS, None)
     return best.images
 
 

@@ -17,6 +17,7 @@ from weakspot.pairs import AttackResult
 # By how much the ball grows or shrinks per step, at first and at last (arXiv 2102.12827, section 3).
 GROWTH = (0.05, 0.001)
 STEPS = (0.5, 0.01)  # in units of the ball's radius, at first and at last
+SMOOTH_STEPS = (0.018, 0.00018)  # root mean squares of a step's values: 1 and .01 long in 3 x 32 x 32 values
 
 
 class _Norm(NamedTuple):
@@ -121,25 +122,45 @@ def fmn(
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, NORMS[norm].size, 0.0)
-            _walk(NORMS[norm], best, steps, problem.progress)
+            walk(NORMS[norm], best, steps, problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
 
-def _walk(norm: _Norm, best: BestSoFar, steps: int, progress: Progress | None) -> None:
-    """Pass points along the boundary, and record each in `best` (algorithm 1 of the paper)."""
+def walk(
+    norm: _Norm,
+    best: BestSoFar,
+    steps: int,
+    progress: Progress | None,
+    *,
+    largest: Tensor | None = None,
+    smooth: bool = False,
+) -> None:
+    """Pass points along the boundary, and record each in `best` (algorithm 1 of the paper).
+
+    Args:
+        norm: of the ball.
+        best: what was found so far, on the problem to search.
+        steps: how many.
+        progress: called with the fraction done.
+        largest: (N,) the largest radius; what the range of values allows if None.
+        smooth: whether steps follow the gradient itself, as in the paper, instead of being steepest in the norm. They
+            are then as long for each value, on average, as the paper's are in an image of 32 x 32 pixels.
+    """
     problem = best.problem
     clean = problem.clean
-    largest = norm.size(torch.maximum(clean, 1 - clean))  # no image can be changed by more
+    if largest is None:
+        largest = norm.size(torch.maximum(clean, 1 - clean))  # no image can be changed by more
     change, radius = torch.zeros_like(clean), torch.zeros_like(largest)
+    values = problem.region.expand_as(clean).flatten(1).sum(1)
     for number in range(steps):
         point = problem.apply(change)
         margins, _, direction = problem.loss_and_gradient(point)
-        if not number:
+        if not number and not smooth:
             correct = margins >= 0
             problem.select(correct).warn_of_zero_gradients(direction[correct])
         best.record(point, margins)
-        growth, length = (annealed(*ends, number / steps) for ends in (GROWTH, STEPS))
+        growth, length, share = (annealed(*ends, number / steps) for ends in (GROWTH, STEPS, SMOOTH_STEPS))
         # The boundary's distance to first order is the margin over the gradient's dual norm.
         ahead = norm.size(change) + margins.clamp(min=0) / norm.dual(direction).clamp(min=1e-30)
         # Beyond the boundary rather than on it, where rounding decides.
@@ -147,7 +168,10 @@ def _walk(norm: _Norm, best: BestSoFar, steps: int, progress: Progress | None) -
         inward = torch.minimum(radius * (1 - growth), best.size)
         radius = torch.minimum(torch.where(margins < 0, inward, outward), largest)
         ball = spread(radius)
-        change = norm.into(change + length * ball * norm.unit(direction), ball)
+        step = length * ball * norm.unit(direction)
+        if smooth:
+            step = share * spread(values.sqrt()) * _unit_length(direction)
+        change = norm.into(change + step, ball)
         change = (clean + change).clamp(0, 1) - clean
         if progress is not None:
             progress((number + 1) / steps)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from weakspot._checks import check_choice, check_count
 from weakspot._progress import Progress, ProgressOption
 from weakspot._progress import part as part_of
+from weakspot.attacks.confined import cropped
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import estimate_places, linearize
 from weakspot.attacks.losses import margin, minimizes
-from weakspot.attacks.minimum_norm import NORMS, annealed, spread
+from weakspot.attacks.minimum_norm import NORMS, annealed, spread, walk
 from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.classifier import default_batch
-from weakspot.edits import Crops, bounding_boxes, differentiable_engine
 from weakspot.pairs import AttackResult
 
 
@@ -44,15 +44,16 @@ SLOW, MEDIUM = Pace((0.1, 0.01), (0.5, 0.05)), Pace((0.3, 0.02), (0.5, 0.05))
 SHORT, WIDE = Pace((0.1, 0.01), (0.1, 0.01), 1.5), Pace((0.1, 0.01), (1.0, 0.02), 1.5)
 NEARLY = 0.2  # of the clean margin: searches that got it lower without fooling are worth more passes
 BOX_CORNERS = 4  # that are tried for them
+# Changes beyond CURVED times their first-order size, or not found, are searched by so many times the usual steps along
+# the gradient itself: far from linear, steepest steps, which move all values alike, end much too high.
+WALK = 15
 MOMENTUM = 0.75
 PATIENCE = 10  # steps of a first round toward a further class that may go by without a smaller change
 WORTH = 1.5  # times the smallest size so far: a class whose first-order size is beyond it is not tried
 FAR = 2.0  # times the first-order size: sizes beyond it are rare where descents do well
-CURVED = 1.5  # times the first-order size: beyond it, corners are tried as well
+CURVED = 1.5  # times the first-order size: beyond it, small steps and corners are tried as well
 NEAR = 1.25  # times the first-order size: up to it, a single later round comes within a few percent
 GAIN = 0.02  # of the size: a round that gained less was the last
-LARGEST_CROP = 0.5  # of an image: crops that are larger save nothing
-CROPS_AT_ONCE = 6  # times as many crops as whole images go through the model at once
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ def minimal_pgd(
     percent per step, which is too little where the first-order guess is far off, as in small regions. The first
     rounds try the classes that are nearest to first order. More rounds start at the smallest change so far, as long
     as they gain 2%. If that change is far from its first-order size, the boundary is approached from corners of a
-    smaller ball as well. Where nothing fools but came near, shorter steps and a few corners of the box are tried. A
-    last round takes shorter steps. Regions that fit into half of the image are searched as crops, whose passes
-    recompute only what they reach. Nothing is random. Shared arguments are described in `AttackOptions`.
+    smaller ball as well, and by many small steps along the gradient itself, as in the paper of `fmn`. Where nothing
+    fools but came near, shorter steps and a few corners of the box are tried. A last round takes shorter steps. Regions
+    that fit into half of the image are searched as crops, whose passes recompute only what they reach. Nothing is
+    random. Shared arguments are described in `AttackOptions`.
 
     Args:
         norm: "linf" or "l2".
@@ -202,6 +204,8 @@ class SmallestChange:
             rows = rows[best.size[rows] < (1 - GAIN) * before]
             if not self.thorough:
                 rows = rows[best.size[rows] > NEAR * nearest[rows]]
+        self._walk(((best.size > CURVED * nearest) & nearest.isfinite()).nonzero()[:, 0])
+        fooled = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
         far = fooled[best.size[fooled] > CURVED * nearest[fooled]]
         self._try_corners(far, starts.classes[far])
         if self.thorough:
@@ -236,6 +240,19 @@ class SmallestChange:
                 pattern = torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(number))
                 start, pace = torch.where(self.problem.region[rows], pattern.to(clean).round(), clean), WIDE
             self._round(rows, None, self.largest[rows], start=start - clean, pace=pace)
+
+    def _walk(self, rows: Tensor) -> None:
+        """Small steps along the gradient itself, from the clean image, to whichever class is next."""
+        if not len(rows):
+            return
+        part, before = replace(self.problem.select(rows), loss_targets=None), self.best.size[rows]
+        found = BestSoFar(part, self.norm.size, 0.0)
+        walk(self.norm, found, WALK * self.steps, None, largest=self.largest[rows], smooth=True)
+        margins, logits = part.logits(found.images)
+        self.best.record(found.images, margins, rows)
+        better = self.best.size[rows] < before
+        self.toward[rows[better]] = logits[better].argmax(1)
+        self._go_on(rows[better], LATER, None)
 
     def _try_corners(self, rows: Tensor, classes: Tensor) -> None:
         """Approach the boundary from corners of a smaller ball, toward each of the classes (n, T).
@@ -319,32 +336,3 @@ class SmallestChange:
                 radius, largest, change, velocity = radius[on], largest[on], change[on], velocity[on]
             if progress is not None:
                 progress((step + 1) / steps)
-
-
-def cropped(problem: Problem, masks: Tensor, owners: Tensor) -> Problem:
-    """The problem of changing each mask alone. Small masks become crops, whose passes recompute only what they reach.
-
-    Args:
-        problem: of whole images.
-        masks: bool (M, 1, H, W), the sites that may change.
-        owners: (M,) the number of each mask's image within the problem.
-
-    Returns:
-        A problem of M images, or of the parts of them that hold the masks.
-    """
-    part = replace(problem.select(owners), region=masks, everywhere=bool(masks.all()))
-    tops, lefts, (height, width) = bounding_boxes(masks[:, 0])
-    if height * width > LARGEST_CROP * masks[0].numel():
-        return part
-    engine = differentiable_engine(problem.classifier, problem.clean)
-    crops = Crops(problem.classifier, problem.clean, engine, owners, tops, lefts)
-    region = crops.cut(masks, (height, width), torch.arange(len(masks), device=owners.device))
-    at_once = CROPS_AT_ONCE * problem.batch_size
-    return replace(
-        part,
-        clean=crops.cut(problem.clean, (height, width), owners),
-        region=region,
-        everywhere=bool(region.all()),
-        crops=crops,
-        batch_size=problem.batch_size if engine is None else at_once,
-    )
