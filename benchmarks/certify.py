@@ -129,11 +129,9 @@ def certify_one(row: Row, case: Case, seed: int, seconds: float | None, *, brute
     model, image, label = case
     region = None
     if row.pixels is not None:
-        drawn = torch.randperm(image[0, 0].numel(), generator=torch.Generator().manual_seed(seed))[
-            : row.pixels
-        ]
+        order = torch.randperm(image[0, 0].numel(), generator=torch.Generator().manual_seed(seed))
         region = torch.zeros(1, 1, *image.shape[2:], dtype=torch.bool)
-        region.view(-1)[drawn] = True
+        region.view(-1)[order[: row.pixels]] = True
     made: list[PixelCertificate] = []
 
     def run() -> None:
@@ -206,7 +204,14 @@ def measure(name: str, given: argparse.Namespace) -> list[Result]:
         result = (
             mask_one(case)
             if name == MASKS
-            else certify_one(ROWS[name], case, number, given.seconds, brute=given.brute)
+            else certify_one(
+                ROWS[name],
+                case,
+                # Many pixels: the same in all images. A single one: another in each image.
+                number if ROWS[name].pixels == 1 else 0,
+                given.seconds,
+                brute=given.brute,
+            )
         )
         results.append({"row": name, "image": number, **result})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
