@@ -179,7 +179,7 @@ class SmallestChange:
     def run(self, starts: Starts, progress: Progress | None = None) -> None:
         """Try the classes in turn, then extremes if none was reached, then go on from the smallest change."""
         best, count = self.best, starts.classes.shape[1]
-        whole = count + self.rounds + 1
+        whole = count + self.rounds + 2
         self.toward = starts.classes[:, 0].clone()
         for number in range(count):
             # Size 0 is that of an image that is misclassified without a change, for which no class is tried.
@@ -204,7 +204,8 @@ class SmallestChange:
             rows = rows[best.size[rows] < (1 - GAIN) * before]
             if not self.thorough:
                 rows = rows[best.size[rows] > NEAR * nearest[rows]]
-        self._walk(((best.size > CURVED * nearest) & nearest.isfinite()).nonzero()[:, 0])
+        rows = ((best.size > CURVED * nearest) & nearest.isfinite()).nonzero()[:, 0]
+        self._walk(rows, part_of(progress, whole - 2, whole - 1, whole))
         fooled = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
         far = fooled[best.size[fooled] > CURVED * nearest[fooled]]
         self._try_corners(far, starts.classes[far])
@@ -241,13 +242,13 @@ class SmallestChange:
                 start, pace = torch.where(self.problem.region[rows], pattern.to(clean).round(), clean), WIDE
             self._round(rows, None, self.largest[rows], start=start - clean, pace=pace)
 
-    def _walk(self, rows: Tensor) -> None:
+    def _walk(self, rows: Tensor, progress: Progress | None) -> None:
         """Small steps along the gradient itself, from the clean image, to whichever class is next."""
         if not len(rows):
             return
         part, before = replace(self.problem.select(rows), loss_targets=None), self.best.size[rows]
         found = BestSoFar(part, self.norm.size, 0.0)
-        walk(self.norm, found, WALK * self.steps, None, largest=self.largest[rows], smooth=True)
+        walk(self.norm, found, WALK * self.steps, progress, largest=self.largest[rows], smooth=True)
         margins, logits = part.logits(found.images)
         self.best.record(found.images, margins, rows)
         better = self.best.size[rows] < before
