@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from weakspot import _progress
 
 # Networks this small lose more time to synchronizing threads than they gain.
 torch.set_num_threads(1)
+# A script that starts tests in the background makes them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=list(NETWORKS))

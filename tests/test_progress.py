@@ -147,7 +147,10 @@ def test_without_a_terminal_there_is_a_line_after_5_seconds_and_then_every_30(cl
     ]
 
 
-def test_on_a_terminal_there_is_a_bar_from_the_start_that_leaves_nothing() -> None:
+def test_on_a_terminal_there_is_a_bar_from_the_start_that_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # rich draws no bar on a "dumb" one, whatever it is told
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, highlight=False)
     with open_display(console) as display:
