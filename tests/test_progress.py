@@ -147,6 +147,17 @@ def test_without_a_terminal_there_is_a_line_after_5_seconds_and_then_every_30(cl
     ]
 
 
+def test_a_terminal_that_cannot_draw_bars_gets_lines(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = io.StringIO()
+    with open_display(Console(file=stream, force_terminal=True, width=80, color_system=None)) as display:
+        display.step("attacking", total=24)
+        clock.advance(6)
+    assert stream.getvalue().strip() == "attacking: 0/24 images, 5 s so far"
+
+
 def test_on_a_terminal_there_is_a_bar_from_the_start_that_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -161,7 +161,7 @@ def open_display(console: Console | None = None) -> Iterator[Display]:
     display = Display()
     if in_notebook():
         shower = _notebook_bar(display)
-    elif console.is_terminal:
+    elif console.is_terminal and not console.is_dumb_terminal:
         shower = _terminal_bar(display, console)
     else:
         shower = _lines(display, console)
