@@ -240,18 +240,18 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
         classifier = as_classifier(model)
     if classifier.mean.is_meta:
         raise ValueError(f"{classifier.name} must have weights, got meta tensors (load its weights first)")
-    with EvalMode(classifier) as mode:
+    with (
+        EvalMode(classifier) as mode,
+        preserve_random_state(classifier.mean.device),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
         if mode.switched:
             _warn_of_train_mode(classifier, mode.switched)
         evaluated = _evaluating.__dict__.setdefault("classifiers", [])
         evaluated.append(id(classifier))
         try:
-            with (
-                preserve_random_state(classifier.mean.device),
-                torch.inference_mode(mode=False),
-                torch.enable_grad(),
-            ):
-                yield classifier
+            yield classifier
         finally:
             evaluated.remove(id(classifier))
 

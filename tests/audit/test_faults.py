@@ -33,7 +33,7 @@ from weakspot.audit.execution import attacked_groups
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, unknown_cases
 from weakspot.models import load
-from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
+from weakspot.models.identity import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
 from weakspot.pairs import AttackResult
 
 __all__ = ["networks", "pictures"]  # fixtures

@@ -12,7 +12,7 @@ import pytest
 
 from weakspot.audit import ModelPlan, Plan
 from weakspot.audit.store.run_info import ImageCounts, MissingImages, ModelInfo, RunInfo
-from weakspot.models.probe import Probe
+from weakspot.models.identity import Probe
 
 
 def example(status: str = "incomplete") -> RunInfo:

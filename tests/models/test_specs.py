@@ -19,7 +19,8 @@ from weakspot._checks import ModelError
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load
-from weakspot.models.specs import fingerprint, plain_pixels_note
+from weakspot.models.identity import fingerprint
+from weakspot.models.specs import plain_pixels_note
 
 MODULE = """
 from torch import nn

@@ -149,6 +149,6 @@ def test_the_shipped_networks_are_listed_and_small_and_say_how_they_were_made(re
     record = json.loads((folder / "training.json").read_text())
     assert record["finished"]
     assert record["settings"]["recipe"] == recipe
-    from weakspot.models.specs import fingerprint
+    from weakspot.models.identity import fingerprint
 
     assert fingerprint(model.network) == record["weights"]

@@ -32,7 +32,7 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import print_text, progress_display, warnings_as_notes
 from weakspot.cli.session import check_sources, load_classifier, open_session
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint
 
 if TYPE_CHECKING:
     from weakspot.audit import Run

@@ -28,7 +28,8 @@ from weakspot.cli.options import ModelOptions, OutputOptions
 from weakspot.cli.output import print_json, working
 from weakspot.images import open_pictures, sample_images
 from weakspot.models import load
-from weakspot.models.specs import fingerprint, plain_pixels_note
+from weakspot.models.identity import fingerprint
+from weakspot.models.specs import plain_pixels_note
 from weakspot.similarity import luma
 
 Files = dict[Path, tuple[int, int, int]]  # of each file, what changes if it is written again

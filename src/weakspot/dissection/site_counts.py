@@ -26,7 +26,7 @@ from weakspot.attribution.hooks import Place
 from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier
 from weakspot.dissection.concepts import Annotation, ConceptSet
-from weakspot.models.specs import fingerprint, settings
+from weakspot.models.identity import fingerprint, settings
 
 LAID_OUT = 256  # maps resized to the masks at once
 DENOMINATORS = ("category", "activated", "all")

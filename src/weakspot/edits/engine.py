@@ -28,7 +28,7 @@ from weakspot.edits.steps import (
 )
 from weakspot.edits.windows import AxisOrder, Map, Windows, as_seen, as_sites, paste, whole
 from weakspot.fusion import fused
-from weakspot.models.specs import settings
+from weakspot.models.identity import settings
 
 ROOM = 0.6  # windows that take a larger fraction of a map are computed as whole maps
 # Bytes of a tensor of whole maps: glibc allocates those from 32 MiB on anew from the system each time.

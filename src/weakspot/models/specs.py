@@ -1,9 +1,5 @@
-"""Models from one string: installed models, factories, exported archives, trained folders and hubs.
+"""Models from one string: installed models, factories, exported archives, trained folders and hubs."""
 
-Also the identity of a network: a fingerprint of its weights and the settings of its modules.
-"""
-
-import hashlib
 import importlib
 import inspect
 import sys
@@ -274,35 +270,3 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     ):
         raise ValueError(f"{path} must hold a state dict, names with tensors, got {type(state).__name__}")
     return state
-
-
-PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
-
-
-def settings(network: nn.Module) -> list[tuple[str, str, list[tuple[str, object]]]]:
-    """For every module its name, its class, and its attributes that are numbers, texts, or lists of them."""
-    result = []
-    for name, module in network.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        plain = [(key, value) for key, value in vars(module).items() if key != "training" and _plain(value)]
-        result.append((name, kind, plain))
-    return result
-
-
-def _plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_plain(key) and _plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(_plain(item) for item in value)
-    return isinstance(value, PLAIN_TYPES)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and bytes of the state dict, 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        # A buffer of one element may have any stride, which `contiguous` leaves and a view as bytes refuses.
-        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

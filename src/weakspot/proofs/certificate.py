@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint
 from weakspot.pairs import Pairs
 from weakspot.proofs.allowed_colors import AllowedColors
 

@@ -13,7 +13,7 @@ from weakspot import attacks
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import as_classifier, predict
 from weakspot.datasets import LabeledImages
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint
 from weakspot.pairs import AttackResult
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent

@@ -13,7 +13,7 @@ from torch import Tensor
 from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint
 from weakspot.training.config import ResolvedConfig
 
 CHECKPOINT, RECORD, WEIGHTS = "checkpoint.pt", "training.json", "model.safetensors"

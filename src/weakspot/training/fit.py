@@ -23,7 +23,8 @@ from weakspot._io.files import LockedError, locked, write_atomic
 from weakspot._progress import Progress, part
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
-from weakspot.models.specs import find_device, fingerprint
+from weakspot.models.identity import fingerprint
+from weakspot.models.specs import find_device
 from weakspot.training.checkpoint import (
     CHECKPOINT,
     WEIGHTS,

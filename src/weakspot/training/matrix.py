@@ -19,7 +19,7 @@ from weakspot._checks import check_count
 from weakspot._io.files import write_atomic
 from weakspot._progress import Progress
 from weakspot.datasets import LabeledImages
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint
 from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
 from weakspot.training.checkpoint import Record, read_record
 from weakspot.training.config import TrainConfig, find_recipe

@@ -29,7 +29,7 @@ from weakspot.audit.store.records import as_rows, no_rows
 from weakspot.audit.store.unfinished import GroupKey, GroupResult, ImageFacts
 from weakspot.classifier import evaluating
 from weakspot.explanations import Explanation, explain
-from weakspot.models.probe import fixed_images
+from weakspot.models.identity import fixed_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.regions.spec import RegionSpec

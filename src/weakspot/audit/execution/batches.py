@@ -11,7 +11,7 @@ from weakspot._checks import NotFiniteError, describe_error, first_line, warn
 from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import Donors
 from weakspot.classifier import Classifier
-from weakspot.models.probe import Watch
+from weakspot.models.identity import Watch
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 # Errors of the machine; any other OSError comes from a model or an attack and concerns the image at hand.

@@ -45,7 +45,7 @@ from weakspot.audit.store.unfinished import (
 )
 from weakspot.classifier import Classifier
 from weakspot.models import load
-from weakspot.models.probe import Watch
+from weakspot.models.identity import Watch
 from weakspot.models.specs import plain_pixels_note
 from weakspot.regions import read_region
 from weakspot.statistics.number_format import counted
@@ -106,12 +106,12 @@ def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
         raise ValueError(
             f"classes must have {count} names for {classifier.name}, got {len(classifier.class_names)}"
         )
+    # A region that cannot be made would otherwise fail after minutes of attacks.
+    _try_regions(plan, classifier)
     if plan.model.mean is None and plan.model.std is None:
         remark = plain_pixels_note(plan.model.spec, classifier, "give mean and std")
         if remark:
             warn(remark, UserWarning)
-    # A region that cannot be made would otherwise fail after minutes of attacks.
-    _try_regions(plan, classifier)
     listing = list_images(
         present,
         classifier.class_names,

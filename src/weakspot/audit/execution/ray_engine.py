@@ -26,8 +26,7 @@ from weakspot.audit.execution.ray_worker import Attempts, GivenUpError, Reply, T
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
 from weakspot.audit.store.unfinished import GroupResult
-from weakspot.models.probe import probe
-from weakspot.models.specs import fingerprint
+from weakspot.models.identity import fingerprint, probe
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,7 @@ from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run_info import changed_versions
 from weakspot.audit.store.unfinished import GroupResult
-from weakspot.models.probe import Probe
+from weakspot.models.identity import Probe
 
 if TYPE_CHECKING:
     import pyarrow as pa

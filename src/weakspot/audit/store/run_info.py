@@ -18,7 +18,7 @@ from weakspot._io.files import write_atomic
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.plan.schema import Reader
 from weakspot.audit.store.digests import enumerated
-from weakspot.models.probe import Probe, read_probe
+from weakspot.models.identity import Probe, read_probe
 
 SCHEMA = 1  # of the folder; grows when an older version could no longer read what is written
 KIND = "audit"

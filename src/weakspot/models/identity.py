@@ -1,12 +1,13 @@
-"""Logits of four fixed images, by which two networks with the same weights are distinguished.
+"""The identity of a network: a fingerprint of its weights, the settings of its modules, its logits for four images.
 
-Weights do not determine a network: another activation, normalization or temperature does not change the state dict. The
-logits are compared within a tolerance and not hashed, because kernels round differently.
+Weights do not determine a network: another activation, normalization or temperature does not change the state dict. So
+the logits of four fixed images are compared too, within a tolerance and not hashed, because kernels round differently.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from weakspot._state import seeded
 from weakspot.classifier import Classifier, evaluating
-from weakspot.models.specs import fingerprint
 
 COUNT = 4
 # Tolerances as fractions of the range of the logits; measurements are in docs/decisions.md.
@@ -35,6 +35,36 @@ RANDOM = (
     "The model is not deterministic: two passes of the same probe image gave different logits, so another audit can "
     "give other results."
 )
+PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and bytes of the state dict, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        # A buffer of one element may have any stride, which `contiguous` leaves and a view as bytes refuses.
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings(network: nn.Module) -> list[tuple[str, str, list[tuple[str, object]]]]:
+    """For every module its name, its class, and its attributes that are numbers, texts, or lists of them."""
+    result = []
+    for name, module in network.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        plain = [(key, value) for key, value in vars(module).items() if key != "training" and _plain(value)]
+        result.append((name, kind, plain))
+    return result
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_plain(key) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_plain(item) for item in value)
+    return isinstance(value, PLAIN_TYPES)
 
 
 @dataclass(frozen=True, eq=False)
