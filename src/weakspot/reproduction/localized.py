@@ -27,7 +27,7 @@ from weakspot.reproduction.claims import (
 )
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_RUN, proportion_interval
-from weakspot.statistics.number_format import counted, percent
+from weakspot.statistics.number_format import counted, percent, with_interval
 from weakspot.training import Matrix, TrainConfig, robustness_matrix
 
 TITLE = "Localized Adversarial Training for Increased Accuracy and Robustness in Image Classification"
@@ -110,7 +110,7 @@ class Localized:
         difference = Difference.of(own, control)
         measured = (
             f"Attacks that change the background alone ({percent(float(area.mean()))} of the image on average) fool "
-            f"the network on {percent(rate)} [{percent(low)}, {percent(high)}] of the images."
+            f"the network on {with_interval(rate, low, high)} of the images."
         )
         sentence = f"On as many pixels drawn at random over the whole image: {difference}."
         outcome = CONFIRMED if low >= SENSITIVE else NOT_CONFIRMED

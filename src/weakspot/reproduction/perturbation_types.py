@@ -20,7 +20,7 @@ from weakspot.reproduction.claim_panels import Panel, Series, rounded
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, Claim, Measurement, untested
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_OTHERS, mean_interval, mean_test, proportion_interval
-from weakspot.statistics.number_format import counted, number, p_value, percent
+from weakspot.statistics.number_format import counted, number, p_value, percent, with_interval
 
 TITLE = "Interpreting Adversarial Examples by Activation Promotion and Suppression"
 CITATION = "Xu, Liu, et al., arXiv 1904.02057"
@@ -105,8 +105,7 @@ class Promotion:
         kinds = scores["perturbation_type"]
         rates = {kind: proportion_interval((kinds == kind).to_numpy()) for kind in KINDS}
         parts = ", ".join(
-            f"{percent(rate)} [{percent(low)}, {percent(high)}] {kind}"
-            for kind, (rate, low, high) in rates.items()
+            f"{with_interval(rate, low, high)} {kind}" for kind, (rate, low, high) in rates.items()
         )
         measured = f"Of {counted(len(kinds), 'perturbation')}: {parts}."
         gap = float(scores["additivity_gap"].abs().mean())

@@ -29,7 +29,7 @@ from weakspot.reproduction.claims import (
 )
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_RUN, mean_interval, proportion_interval, run_test
-from weakspot.statistics.number_format import counted, p_value, percent
+from weakspot.statistics.number_format import counted, p_value, percent, with_interval
 
 TITLE = "Spatially Correlated Patterns in Adversarial Images"
 CITATION = "Chattopadhyay, Yip, Tan and Chattopadhyay, arXiv 2011.10794"
@@ -113,10 +113,9 @@ class Spatial:
             return untested(
                 name, LOOKS, f"Only {counted(test.images)} lost a margin; {LEAST_RUN} are needed."
             )
-        interval = "" if np.isnan(low) else f" [{percent(low)}, {percent(high)}]"
         measured = (
-            f"{percent(test.value)}{interval} of an attack's effect falls on the {percent(FRACTION)} of the image that "
-            f"matters most to the network, on average over {test.images} images."
+            f"{with_interval(test.value, low, high)} of an attack's effect falls on the {percent(FRACTION)} of the "
+            f"image that matters most to the network, on average over {test.images} images."
         )
         shifted = float(self.overlap.scores["effect_in_roi_shift_null"].mean())
         control = (
