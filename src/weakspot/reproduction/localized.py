@@ -137,9 +137,6 @@ class Localized:
         if material.train is None or material.test is None or material.make is None:
             return None
         material.log("training")
-
-        config = self._config
-
         log = cache(material.log)  # each text once, although progress comes after every update
 
         def report(activity: str, done: float) -> None:
@@ -154,7 +151,7 @@ class Localized:
             material.make,
             data,
             test,
-            config,
+            self._config,
             out=self.out / f"networks-{self._size}",
             recipes=self._recipes,
             seeds=self._seeds,
