@@ -12,7 +12,6 @@ from torch import Tensor
 from weakspot import attacks
 from weakspot.budgets import SSIM, Budget, Linf
 from weakspot.explanations import ssim_alignment
-from weakspot.pairs import AttackResult, Pairs
 from weakspot.reproduction.claim_panels import Panel, Series, rounded
 from weakspot.reproduction.claims import (
     CAUTION,
@@ -120,7 +119,14 @@ class Perceptual:
                 name, SEMANTIC, f"The test needs {LEAST_RUN} images, and there are {material.count}."
             )
         material.log("comparing SSIM maps with class activations")
-        pairs: Pairs = self._attack(SSIM(0.005))
+        pairs = attacks.pgd(
+            material.model,
+            material.images,
+            material.labels,
+            budget=SSIM(0.005),
+            steps=10 if material.quick else 20,
+            seed=material.seed,
+        ).to("cpu")
         result = ssim_alignment(material.model, pairs, random_weights=True, seed=material.seed)
         test = result.runs["other images"]
         if test.images < LEAST_RUN:
@@ -172,13 +178,6 @@ class Perceptual:
             guide_label="no concentration",
         )  # fmt: skip
         return Claim(name, SEMANTIC, measured, control, outcome, table, (panel,))
-
-    def _attack(self, budget: Budget) -> AttackResult:
-        material = self.material
-        steps = 10 if material.quick else 20
-        return attacks.pgd(
-            material.model, material.images, material.labels, budget=budget, steps=steps, seed=material.seed
-        ).to("cpu")
 
     def _smallest_that_fools(self, budget_of: Callable[[float], Budget]) -> tuple[Tensor, Tensor]:
         """Mean SSIM (N,) at the first budget that fools each image, and which images were fooled."""
