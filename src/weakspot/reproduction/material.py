@@ -97,9 +97,9 @@ class Material:
 
     def pgd(self, doing: str, budget: Budget, model: nn.Module | None = None) -> AttackResult:
         """PGD on every image, of the material's network or of another one, for the classes that it predicts."""
-        attacked, labels = (self.model, self.labels) if model is None else (model, None)
-        if labels is None:
-            labels = predict(as_classifier(attacked), self.images).argmax(1).cpu()
+        attacked, labels = self.model, self.labels
+        if model is not None:
+            attacked, labels = model, predict(as_classifier(model), self.images).argmax(1).cpu()
         steps = 10 if self.quick else 40
 
         def attack(rows: Tensor) -> AttackResult:
