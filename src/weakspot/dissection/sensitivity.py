@@ -8,7 +8,6 @@ correction are ours.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,17 +130,18 @@ def unit_sensitivity(
     if not isinstance(layer, str):
         raise ValueError(f"layer must be the name of one layer, got {layer!r}")
     batches = [pairs] if isinstance(pairs, Pairs) else pairs
-    means = _unit_means(model, layer, batches, noises=noises, seed=seed, batch_size=batch_size)
-    clean = means.clean
+    clean, adversarial, noisy, retained = _unit_means(
+        model, layer, batches, noises=noises, seed=seed, batch_size=batch_size
+    )
     if len(clean) < 2:
         raise ValueError(f"pairs must hold at least two pairs, for a spread, got {len(clean)}")
-    change, noise = means.adversarial - clean, means.noisy - clean
+    change, noise = adversarial - clean, noisy - clean
     finite = np.isfinite(change) & np.isfinite(noise).all(0)
     if not finite.all():
         raise ValueError(
             f"layer {layer!r} must be finite, got NaN or infinity in pair {int((~finite).any(1).argmax())}"
         )
-    spread, tested = clean.std(0, ddof=1), means.retained >= KEPT
+    spread, tested = clean.std(0, ddof=1), retained >= KEPT
     # With m draws of noise per image, the attack is the most extreme of m + 1 with probability 1 / (m + 1) each.
     least = float(noises + 1) ** -int(tested.sum())
     # The attack's |change| minus the mean |change| under noise, image by image.
@@ -206,27 +206,13 @@ def _over_spread(sizes: NDArray[np.floating], spread: NDArray[np.floating]) -> N
         return np.where(sizes == 0, 0.0, sizes / spread)
 
 
-@dataclass(frozen=True, eq=False)
-class _Means:
-    """Mean activations, float64.
-
-    Attributes:
-        clean: (N, U).
-        adversarial: (N, U).
-        noisy: (draws, N, U).
-        retained: (N,) smallest fraction of the perturbation's norm that a draw of noise retained.
-    """
-
-    clean: NDArray[np.float64]
-    adversarial: NDArray[np.float64]
-    noisy: NDArray[np.float64]
-    retained: NDArray[np.float64]
-
-
 def _unit_means(
     model: nn.Module, layer: str, batches: Iterable[Pairs], *, noises: int, seed: int, batch_size: int | None
-) -> _Means:
-    """Mean activation of every unit in the clean, the adversarial and the noisy images."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Mean activation of every unit in clean and adversarial images, (N, U) each, and noisy ones, (draws, N, U).
+
+    The last array, (N,), is the smallest fraction of the perturbation's norm that a draw of noise retained.
+    """
     means: list[Tensor] = []
     retained: list[Tensor] = []
     with evaluating(model) as classifier:
@@ -244,7 +230,7 @@ def _unit_means(
     if not means:
         raise ValueError("pairs must hold at least two pairs, got none")
     clean, adversarial, *noisy = torch.cat(means, 1).double().cpu().numpy()
-    return _Means(clean, adversarial, np.stack(noisy), torch.cat(retained).double().cpu().numpy())
+    return clean, adversarial, np.stack(noisy), torch.cat(retained).double().cpu().numpy()
 
 
 def _means(classifier: Classifier, places: dict[str, Place], images: Tensor, size: int) -> Tensor:
