@@ -148,11 +148,8 @@ def _chosen(
             f"pairs must be at least 4 to choose units on one half and judge them on the other, got {len(pairs)}"
         )
     # Every other pair, so that classes stored in blocks are in both halves.
-    halves = [
-        Pairs(*(part[start::2] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
-        for start in (0, 1)
-    ]
-    ranked = unit_sensitivity(model, layer, halves[0], seed=seed)
+    choosing, judging = pairs[::2], pairs[1::2]
+    ranked = unit_sensitivity(model, layer, choosing, seed=seed)
     moved = ranked[ranked["p_value"] <= LEVEL].sort_values("sensitivity", ascending=False, kind="stable")
     chosen = mask or max(1, round(FRACTION * count))
-    return moved["unit"].head(chosen).tolist(), halves[1].clean, halves[1].labels
+    return moved["unit"].head(chosen).tolist(), judging.clean, judging.labels
