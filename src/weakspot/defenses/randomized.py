@@ -37,17 +37,11 @@ class DrawnByImage(nn.Module):
         draw: number of the draw. 0, the defender's own, unless `expectation` asks for another one.
     """
 
-    own_draw: int = 0
-
     @property
     def draw(self) -> int:
-        """The number that this thread requested, else the module's own."""
+        """The number that this thread requested, else the defender's."""
         requested: dict[int, int] = getattr(_requested, "draws", {})
-        return requested.get(id(self), self.own_draw)
-
-    @draw.setter
-    def draw(self, number: int) -> None:
-        self.own_draw = number
+        return requested.get(id(self), 0)
 
 
 def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
