@@ -139,9 +139,9 @@ class TrainConfig:
 
     def __repr__(self) -> str:
         changed = [
-            f"{field.name}={getattr(self, field.name)!r}"
+            f"{field.name}={value!r}"
             for field in fields(self)
-            if getattr(self, field.name) != field.default
+            if (value := getattr(self, field.name)) != field.default
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
@@ -161,14 +161,13 @@ class TrainConfig:
         # Recipes without descent ignore both values, so that records of equal trainings are equal.
         if find_recipe(self.recipe).search != "descent":
             steps, step_size = 1, 0.0
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
         filled = {
             "budget": budget,
             "steps": steps,
             "step_size": step_size,
             "augment": usual_augment if self.augment is None else self.augment,
         }
-        return ResolvedConfig(**given | filled)
+        return ResolvedConfig(**vars(self) | filled)
 
 
 @dataclass(frozen=True, repr=False)
