@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -102,6 +103,27 @@ def test_saved_pairs_can_be_explained(run: Run, photographs: Path) -> None:
     assert run("attack", photographs / NAMES[0], *TINY, "--set", "steps=2", "--out", "made").code == 0
     ended = run("explain", "--pair", "made/pairs.safetensors", *TINY, "--out", "explained")
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("eps", [0.001, 0.5])
+def test_the_changes_in_the_table_are_those_of_the_files(
+    run: Run, photographs: Path, tmp_path: Path, eps: float
+) -> None:
+    ended = run("attack", photographs, *TINY, "--budget", f"linf:{eps}", "--out", "made")
+    assert ended.code == 0, ended.err
+    scores = pd.read_csv(tmp_path / "made/scores.csv")
+    for row in scores.to_dict("records"):
+        name = Path(row["png"]).name
+        clean, changed = (
+            np.asarray(Image.open(tmp_path / "made" / folder / name)).astype(int)
+            for folder in ("clean", "adversarial")
+        )
+        change = np.abs(changed - clean)
+        most, pixels = int(change.max()), int(change.any(-1).sum())
+        assert (round(255 * row["linf_8bit"]), row["pixels_8bit"]) == (most, pixels)
+        assert most <= 255 * eps
+        assert re.search(rf" {most}/255 +{pixels} ", ended.out)
+    assert (int(scores["pixels_8bit"].max()) == 0) == (eps == 0.001)
 
 
 def test_a_misclassified_image_is_no_success_anywhere(

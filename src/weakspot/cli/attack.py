@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from weakspot.attacks import AttackOptions, available_attacks, find_attack, stored
+from weakspot.attacks.eight_bit import rounded
 from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
 from weakspot.budgets import Budget
 from weakspot.budgets.parse import BUDGETS
@@ -166,7 +167,10 @@ def _write(
     scores.insert(2, "correct", aim.correct.tolist())
     scores.insert(3, "before", [classifier.class_name(index) for index in aim.predicted.tolist()])
     scores.insert(4, "after", [classifier.class_name(index) for index in reached])
-    files = write_pngs(stored(result.adversarial, result.clean, spent)[0], names, out / "adversarial")
+    images, _ = stored(result.adversarial, result.clean, spent)
+    change = (images - rounded(result.clean)).abs().amax(1).flatten(1)
+    scores["linf_8bit"], scores["pixels_8bit"] = change.amax(1).tolist(), (change > 0).sum(1).tolist()
+    files = write_pngs(images, names, out / "adversarial")
     write_pngs(result.clean, names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
     missed = " (not found)" if aim.targets is None else " (not the target)"
@@ -206,12 +210,13 @@ def _print(
         "fooled" if target is None else "on target": "success_8bit",
         **({"unrounded": "success"} if every else {}),
     }
-    numbers = ["linf", *(["l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else [])]
-    counts = ["pixels", "n_forward", *(["n_backward"] if every else [])]
+    # Without --all, of the files, as "fooled" is.
+    numbers = ["linf", "l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else ["linf_8bit"]
+    counts = ["pixels", "n_forward", "n_backward"] if every else ["pixels_8bit", "n_forward"]
     texts = ("image", "before → after")
     # In plain words, or, where every column is shown, under the names of scores.csv.
-    words = {} if every else {"linf": "largest\nchange", "pixels": "pixels\nchanged", "n_forward": "passes"}
-    headings = [*texts, *flags, *(words.get(name, name) for name in (*numbers, *counts))]
+    words = {"linf_8bit": "largest\nchange", "pixels_8bit": "pixels\nchanged", "n_forward": "passes"}
+    headings = [*texts, *flags, *(name if every else words[name] for name in (*numbers, *counts))]
     table = make_table(headings, fold=texts)
     rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
     for row in rows:
@@ -224,7 +229,7 @@ def _print(
                 Text("no" if right else "wrong before", style="yellow") if not (row[key] and right) else "yes"
                 for key in flags.values()
             ),
-            *(f"{row[key]:.3g}" if every else size_of_change(row[key], key) for key in numbers),
+            *(f"{row[key]:.3g}" if every else size_of_change(row[key], "linf") for key in numbers),
             *(str(row[key]) for key in counts),
         )
     print_text("")
