@@ -359,6 +359,9 @@ def test_the_doctor_names_what_does_not_work(run: Run, monkeypatch: pytest.Monke
         doctor, "installed", lambda _, extra: f"{extra} {doctor.BROKEN}" if extra == "ray" else "yes"
     )
     assert result() == (0, "the network works, but not extra ray")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rows = json.loads(run("doctor", "--json").out)
+    assert {row["check"]: row["result"] for row in rows}["device"] == "cpu, 1 thread"
     # The predictions are right, and no photograph is fooled.
     kept = attacks.pgd
 

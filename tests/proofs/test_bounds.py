@@ -258,6 +258,12 @@ def test_an_axis_before_that_of_images_is_not_bounded(axis: int) -> None:
         bounds_of(network, torch.rand(1, 1, 3, 3), 0, as_run=False)
 
 
+def test_a_single_value_for_each_image_is_not_bounded() -> None:
+    network = Wrapped(lambda images: (images.sum((1, 2, 3)) - 1)[:, None].expand(-1, 2)).eval()
+    with pytest.raises(NotSupportedError, match="on values with no axis besides that of images"):
+        bounds_of(network, torch.rand(1, 1, 3, 3), 0, as_run=False)
+
+
 def test_a_product_of_two_values_is_not_bounded() -> None:
     class Squared(nn.Module):
         def forward(self, images: Tensor) -> Tensor:

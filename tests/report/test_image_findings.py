@@ -63,6 +63,11 @@ def row(base: dict[str, object], **changed: object) -> pd.Series:
                 "network on 1 of the 2 images; the attack succeeds on both images."
             ),
         ),
+        (
+            [{**RIGHT, **SQUARE, "smallest_square_side": 1.0}] * 2,
+            ("A square of 1 pixel a side (1.1% of the image), changed by at most 8/255, is enough to fool the network "
+            "on both images; the attack succeeds on both images."),
+        ),
         ([{**RIGHT, **NO_SQUARE}] * 2, "The attack succeeds on both images."),
         (
             [{**RIGHT, **SQUARE, "smallest_square_fraction": 1.0}, {**MISREAD, **NO_SQUARE}],

@@ -96,7 +96,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         ),
         (
             {"roi_fraction": 0.0},
-            "No part of the image stands out for lynx, so there is no region where the network looks.",
+            "The importance map shows no evidence for lynx, so there is no region of importance.",
         ),
         (
             {**FAILED, "margin_taken": 0.34, "effect_in_roi": 0.4},

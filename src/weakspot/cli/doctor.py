@@ -67,7 +67,7 @@ def doctor(output: OutputOptions) -> None:
     checks = {
         "result": "; ".join(troubles) or works,
         **versions(),
-        "device": f"{device}, {torch.get_num_threads()} threads",
+        "device": f"{device}, {counted(torch.get_num_threads(), 'thread')}",
         "embedded network": f"predicts {', '.join(predicted)}",
         "speed": f"{1000 * forward:.0f} ms for a forward pass of one 224 x 224 image",
         "threads": _compare_threads(classifier, images, forward),

@@ -47,7 +47,7 @@ def bound_steps(step: Step, shapes: dict[int, torch.Size]) -> list[BoundStep]:
     """
     step = _in_double(step)
     if any(len(shapes[slot]) < 2 for slot in step.inputs):
-        raise NotSupportedError(because(step, "on values without an axis of images"))
+        raise NotSupportedError(because(step, "on values with no axis besides that of images"))
     if step.name in CLAMPS:
         return [clamp_step(step)]
     if step.name == "max_pool2d_with_indices":

@@ -111,8 +111,8 @@ def _squares(correct: pd.DataFrame) -> str:
     if len(found) == len(correct):
         count = _all(len(correct)) if len(correct) > 1 else "the one image"
     return (
-        f"A square of {side} pixels a side ({area} of the image), changed by at most {budget}, is enough to fool the "
-        f"network on {count}"
+        f"A square of {side} {'pixel' if sides[1] == 1 else 'pixels'} a side ({area} of the image), changed by at "
+        f"most {budget}, is enough to fool the network on {count}"
     )
 
 

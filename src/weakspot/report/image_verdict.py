@@ -101,7 +101,9 @@ def _outcome(row: pd.Series) -> str:
 def location(row: pd.Series) -> str:
     """Where the effect of an attack lies, or why the verdict does not name a place."""
     if row["roi_fraction"] == 0:
-        return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
+        return (
+            f"The importance map shows no evidence for {row['label']}, so there is no region of importance."
+        )
     unlocated = math.isnan(row["effect_in_roi"])
     if unlocated and not row["margin_drop"] > NO_DROP:
         margin = f"the margin of {row['label']} over {row['target']}"
