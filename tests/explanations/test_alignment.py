@@ -288,7 +288,7 @@ def test_an_activation_without_positive_values_has_no_region() -> None:
     assert not bool(regional.roi.any())
     assert regional.scores[["effect_in_roi", "jaccard", "spearman", "moran_i"]].isna().all(axis=None)
     explanation = explain(model, pairs, analyses=["overlap"])
-    assert "No part of the image stands out for class 0" in explanation.verdict(0)
+    assert "shows no evidence for class 0, so there is no region of importance" in explanation.verdict(0)
     with pytest.warns(ModelWarning, match="4 of 4 images is nowhere positive"):
         region = regions.cam(model, pairs.clean, pairs.labels)
     assert int(region[0].sum()) == round(0.3 * SIZE * SIZE)
