@@ -314,11 +314,17 @@ def default_batch(images: Tensor) -> int:
     return max(1, min(MAX_BATCH, BATCH_PIXELS // (images.shape[-2] * images.shape[-1])))
 
 
-def predict(classifier: Classifier, images: Tensor, batch_size: int | None = None) -> Tensor:
-    """Logits (N, K) of images (N, C, H, W), in batches, without gradients; see `check_logits` for warnings."""
+def predict(
+    classifier: Classifier, images: Tensor, batch_size: int | None = None, *, finite: bool = True
+) -> Tensor:
+    """Logits (N, K) of images (N, C, H, W), in batches, without gradients; see `check_logits` for warnings.
+
+    Unless `finite`, rows may hold NaN and infinity.
+    """
     with torch.no_grad():
         logits = torch.cat([classifier(batch) for batch in images.split(batch_size or default_batch(images))])
-    check_logits(logits, classifier, images)
+    if finite or bool((rows := logits.isfinite().all(1)).any()):
+        check_logits(logits if finite else logits[rows], classifier, images)
     return logits
 
 

@@ -60,6 +60,21 @@ def gray():
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
 
 
+class Dark(nn.Module):
+    # NaN for images whose mean is above 0.9.
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, images):
+        return self.inner(images) + (0 / (0.9 - images.mean((1, 2, 3))).clamp(min=0))[:, None]
+
+
+def dark():
+    return Dark().eval()
+
+
 class Asserting(nn.Module):
     def forward(self, images):
         assert images.shape[2] == 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,48 @@ def session(run: Run, tmp_path: Path) -> Session:
     context = typer.Context(typer.main.get_command(app))
     classifier = load_classifier(MODEL)
     return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display(), classifier, sys.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("map", "--budget", "linf:0.5"),
+        ("attack", "--steps", 2),
+        ("explain", "--analyses", "ssim"),
+        ("certify", "--colors", "0.01"),
+        ("defend", "--defense", "neutralize", "--steps", 2, "--queries", 10),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_image_without_finite_logits_is_named_and_skipped(
+    run: Run, photographs: Path, arguments: tuple[object, ...]
+) -> None:
+    Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(photographs / "bright.png")
+    command, *options = arguments
+    dark = ("--model", "tiny_networks:dark", "--size", "64x64", "--mean", "0", "--std", "1")
+    ended = run(command, photographs, *dark, *options, "--json", "--out", "made")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("bright.png: Dark returned NaN or infinity; skipped") == 1
+    document = json.loads(ended.out)
+    assert document["skipped"] == ["bright.png: Dark returned NaN or infinity; skipped"]
+    assert "bright.png" not in json.dumps({**document, "skipped": []})
+    alone = run(command, photographs / "bright.png", *dark, *options, "--out", "alone")
+    assert alone.code == 2
+    assert alone.err.count("Dark returned NaN or infinity for every image") == 1
+
+
+def test_folders_stand_for_the_same_classes_if_an_image_of_the_first_is_skipped(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    for name, folder in zip(NAMES, "abcd", strict=True):
+        (tmp_path / "sorted" / folder).mkdir(parents=True)
+        (photographs / name).rename(tmp_path / "sorted" / folder / name)
+    Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(tmp_path / "sorted/a" / NAMES[0])
+    dark = ("--model", "tiny_networks:dark", "--size", "64x64", "--mean", "0", "--std", "1")
+    ended = run("map", "sorted", *dark, "--labels", "folders", "--json", "--out", "made")
+    assert ended.code == 0, ended.err
+    labels = [row["label"] for row in json.loads(ended.out)["scores"]]
+    assert labels == ["class 1", "class 2", "class 3"]
 
 
 def test_bad_files_among_good_ones_are_named_once_each(

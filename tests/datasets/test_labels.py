@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from tests.audit.fixtures import draw_pictures
+from weakspot._progress import Display
 from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import Classifier
+from weakspot.cli.app import app
 from weakspot.cli.attack_choice import find_labels
-from weakspot.cli.session import Images
+from weakspot.cli.options import ModelOptions, OutputOptions
+from weakspot.cli.session import Images, Session
 from weakspot.datasets import from_tensors
 from weakspot.datasets.labels import (
     CLASS_COLUMNS,
@@ -35,14 +40,18 @@ def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures", 3)
 
 
-def classifier() -> Classifier:
+def session() -> Session:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
-    return Classifier.wrap(network.eval(), input_size=(8, 8), class_names=NAMES)
+    classifier = Classifier.wrap(network.eval(), input_size=(8, 8), class_names=NAMES)
+    context = typer.Context(typer.main.get_command(app))
+    return Session(
+        context, OutputOptions(), ModelOptions("tiny"), Path("out"), Display(), classifier, sys.stdout
+    )
 
 
 def of_defend(table: Path, pictures: Path) -> list[int]:
     paths = [str(pictures / file) for file in FILES]
-    return find_labels(str(table), classifier(), Images(torch.rand(3, 3, 8, 8), paths, paths)).labels.tolist()
+    return find_labels(str(table), session(), Images(torch.rand(3, 3, 8, 8), paths, paths)).labels.tolist()
 
 
 def of_audit(table: Path, pictures: Path) -> list[int]:
@@ -92,7 +101,7 @@ def test_a_line_that_fits_two_images_is_refused_by_all(pictures: Path) -> None:
     table.write_text("file,label\n00.png,0\n")
     paths = [str(pictures / "cat/00.png"), str(pictures / "dog/00.png")]
     with pytest.raises(ValueError, match=r"must tell .*cat/00\.png and .*dog/00\.png apart"):
-        find_labels(str(table), classifier(), Images(torch.rand(2, 3, 8, 8), paths, paths))
+        find_labels(str(table), session(), Images(torch.rand(2, 3, 8, 8), paths, paths))
     with pytest.raises(ValueError, match="apart"):
         of_audit(table, pictures)
 
@@ -182,5 +191,6 @@ def test_data_sets_and_classifiers_print_in_one_line() -> None:
     data = from_tensors(torch.rand(5, 3, 8, 6), torch.arange(5), name="digits")
     assert repr(data) == "LabeledImages('digits': 5 x 3 x 8 x 6, 5 classes, in memory)"
     assert (
-        repr(classifier()) == "Classifier(Sequential: images 3 x 8 x 8, mean [0.0], std [1.0], 4 class names)"
+        repr(session().classifier)
+        == "Classifier(Sequential: images 3 x 8 x 8, mean [0.0], std [1.0], 4 class names)"
     )

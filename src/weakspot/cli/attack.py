@@ -107,7 +107,7 @@ def attack(
     batch = parse_batch_size(batch_size)
     with open_session(context, network, output, out, FILES) as session:
         classifier = session.classifier
-        aim, source = find_aim(classifier, session.read_images(sources, samples=samples), aims)
+        aim, source = find_aim(session, session.read_images(sources, samples=samples), aims)
         # Labels first: folders stand for classes in the order of all of them.
         aim = aim.subset(draw_rows(len(aim.names), limit, seed))
         session.make_folder()

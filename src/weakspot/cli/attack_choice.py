@@ -15,7 +15,7 @@ from torch import Tensor
 from weakspot._checks import check_fraction, unknown_choice
 from weakspot.attacks import Attack, AttackOptions, find_attack
 from weakspot.budgets import Budget, read_budget
-from weakspot.classifier import Classifier, check_images, evaluating, predict
+from weakspot.classifier import Classifier, check_images
 from weakspot.cli.app import UNREADABLE, Failure, note
 from weakspot.cli.options import (
     ATTACK,
@@ -32,7 +32,7 @@ from weakspot.cli.options import (
     parse_settings,
 )
 from weakspot.cli.output import MOST_ROWS
-from weakspot.cli.session import Images
+from weakspot.cli.session import Images, Session
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
@@ -60,17 +60,24 @@ class AimOptions:
 
 
 class Labels(NamedTuple):
-    """Labels of images.
+    """Images and their labels.
 
     Attributes:
+        images: those for which the model returns finite logits.
         labels: (N,) classes that the images stand for.
         logits: (N, K) of the images.
         source: where the labels are from.
     """
 
+    images: Images
     labels: Tensor
     logits: Tensor
     source: str
+
+    def subset(self, rows: Sequence[int]) -> Labels:
+        """Some of the images."""
+        chosen = list(rows)
+        return Labels(self.images.subset(chosen), self.labels[chosen], self.logits[chosen], self.source)
 
 
 class Aim(NamedTuple):
@@ -107,12 +114,15 @@ class Aim(NamedTuple):
         )
 
 
-def find_labels(text: str | None, classifier: Classifier, images: Images) -> Labels:
-    """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions."""
-    with evaluating(classifier):
-        logits = predict(classifier, check_images(images.pixels, classifier))
+def find_labels(text: str | None, session: Session, images: Images) -> Labels:
+    """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions.
+
+    Images for which the model returns NaN or infinity are noted and skipped.
+    """
+    classifier, (logits, finite) = session.classifier, session.predict(images)
     if text is None:
-        return Labels(logits.argmax(1), logits, "the model's predictions on the clean images")
+        source = "the model's predictions on the clean images"
+        return Labels(images, logits.argmax(1), logits, source).subset(finite)
     classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
     files = [Path(path).absolute() for path in images.paths]
     if text != FOLDERS:
@@ -127,12 +137,14 @@ def find_labels(text: str | None, classifier: Classifier, images: Images) -> Lab
                 f"labels: the {classes.count} folders stand for the {classes.count} classes in sorted order ({first} "
                 "is class 0)"
             )
-    return Labels(torch.tensor(labels, device=logits.device), logits, source)
+    # Only now, because folders stand for classes in the order of all of them.
+    return Labels(images, torch.tensor(labels, device=logits.device), logits, source).subset(finite)
 
 
-def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tuple[Aim, str]:
+def find_aim(session: Session, images: Images, options: AimOptions) -> tuple[Aim, str]:
     """Labels and targets, and the source of the labels. Images that have reached the target already are left out."""
-    labels, logits, source = find_labels(options.labels, classifier, images)
+    classifier = session.classifier
+    images, labels, logits, source = find_labels(options.labels, session, images)
     pixels = check_images(images.pixels, classifier)
     predicted = logits.argmax(1)
     _note_misclassified(classifier, images.names, labels, predicted)

@@ -138,10 +138,9 @@ def certify(
     size = None if patch is None else _parse_patch(patch)
     seconds = None if time is None else parse_number("--time", time)
     with open_session(context, network, output, out, FILES) as session:
-        read = session.read_images(sources, samples=samples)
-        aim = find_labels(labels, session.classifier, read)
-        rows = draw_rows(len(read.names), limit, seed)
-        read, aim = read.subset(rows), Labels(aim.labels[rows], aim.logits[rows], aim.source)
+        labeled = find_labels(labels, session, session.read_images(sources, samples=samples))
+        aim = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
+        read = aim.images
         session.make_folder()
         certificate: PixelCertificate | PatchCertificate
         if size is None:

@@ -148,13 +148,12 @@ def defend(
         read = session.read_images(sources, samples=samples)
         # As they are attacked, so that predictions that serve as labels are of the same images.
         read = replace(read, pixels=rounded(read.pixels))
-        random = is_random(defended, check_images(read.pixels, classifier), seed=seed)
+        # Before --limit, so that a table must list every image whatever the limit.
+        labeled = find_labels(labels, session, read)
+        random = is_random(defended, check_images(labeled.images.pixels, classifier), seed=seed)
         if not random:
             refuse(context, ["draws"], f"with {defense}, which is not random")
-        # Before --limit, so that a table must list every image whatever the limit.
-        truth, _, where = find_labels(labels, classifier, read)
-        rows = draw_rows(len(truth), limit, seed)
-        read, truth = read.subset(rows), truth[rows]
+        read, truth, _, where = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         session.make_folder()
         finished: list[pd.DataFrame] = []
         interrupted = False

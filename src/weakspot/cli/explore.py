@@ -112,14 +112,13 @@ def explore(
         from weakspot.explorer.desk import Desk
         from weakspot.explorer.pair_explanations import read_concepts
 
-        read = session.read_images(sources, samples=samples)
-        aim = find_labels(labels, session.classifier, read)
+        read, truth, *_ = find_labels(labels, session, session.read_images(sources, samples=samples))
         bench = Bench(
             session.classifier, Origin(_model_options(network), _load_expression(network), samples, labels)
         )
         if dissected is not None:
             bench.concepts = read_concepts(dissected)
-        bench.add(read.pixels, read.names, aim.labels, paths=None if samples else read.paths)
+        bench.add(read.pixels, read.names, truth, paths=None if samples else read.paths)
         service = address.service(Desk(bench))
         with session.showing():
             address.announce(service)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -90,19 +89,14 @@ def map(  # noqa: A001 - the name of the command
             )
         check_choice("--effort", effort, EFFORTS)
         classifier = session.classifier
-        read = session.read_images(sources, samples=samples)
-        truth = find_labels(labels, classifier, read).labels
-        rows = draw_rows(len(truth), limit, seed)
-        read, truth = read.subset(rows), truth[rows]
+        labeled = find_labels(labels, session, session.read_images(sources, samples=samples))
+        read, truth, *_ = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         session.make_folder()
         count = len(read.names)
-        with warnings.catch_warnings():
-            # The map says for how many images the gradient is zero; the squares would say it image by image.
-            warnings.filterwarnings("ignore", "the gradient of .* is zero everywhere")
-            squares = smallest_square(
-                classifier, read.pixels, truth, budget=spent, seed=seed,
-                progress=session.display.step("looking for the smallest squares", total=count),
-            )  # fmt: skip
+        squares = smallest_square(
+            classifier, read.pixels, truth, budget=spent, seed=seed,
+            progress=session.display.step("looking for the smallest squares", total=count),
+        )  # fmt: skip
         spots = weak_spots(
             classifier, read.pixels, truth, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
             effort=effort, seed=seed,

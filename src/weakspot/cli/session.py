@@ -22,7 +22,7 @@ from torch import Tensor
 from weakspot._checks import ModelError, first_line, warn
 from weakspot._io.urls import exists
 from weakspot._progress import Display
-from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions
 from weakspot.cli.output import print_json, working
@@ -126,6 +126,26 @@ class Session:
             raise Failure("none of the images could be read", UNREADABLE)
         names = [name for name, _ in read]
         return Images(torch.stack([pixels for _, pixels in read]), shorten_paths(names), names)
+
+    def predict(self, images: Images) -> tuple[Tensor, list[int]]:
+        """Logits (N, K), and the rows where they are finite; the other images are noted and skipped.
+
+        Raises:
+            Failure: if no image is left.
+        """
+        classifier = self.classifier
+        with evaluating(classifier):
+            logits = predict(classifier, check_images(images.pixels, classifier), finite=False)
+        finite = logits.isfinite().all(1)
+        if not bool(finite.any()):
+            raise Failure(
+                f"{classifier.name} returned NaN or infinity for every image (check its weights and normalization)"
+            )
+        for row in (~finite).nonzero().flatten().tolist():
+            remark = one_line(f"{images.names[row]}: {classifier.name} returned NaN or infinity; skipped")
+            note(remark, failure=True)
+            self.skipped.append(remark)
+        return logits, finite.nonzero().flatten().tolist()
 
     def make_folder(self) -> None:
         """Make the output folder before the work starts, so that no result is lost."""
