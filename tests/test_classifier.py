@@ -642,7 +642,7 @@ def test_a_model_that_returns_probabilities_is_warned_of(
 ) -> None:
     classifier = Classifier(Returning(broken).eval(), name="softened")
     with pytest.warns(
-        ModelWarning, match=r"^softened returns rows that are probabilities.*before the softmax"
+        ModelWarning, match=r"^softened returns values between 0 and 1 that sum to one.*before the softmax"
     ):
         predict(classifier, images)
 
@@ -680,7 +680,7 @@ def test_probabilities_are_warned_of_once_per_network(images: Tensor) -> None:
         for _ in range(3):
             predict(Classifier.wrap(network), images)
             attacks.pgd(network, images, torch.zeros(5, dtype=torch.long), steps=3)
-    assert len([one for one in caught if "probabilities" in str(one.message)]) == 1
+    assert len([one for one in caught if "sum to one" in str(one.message)]) == 1
 
 
 def test_logits_that_resemble_probabilities_by_chance_cause_no_warning(images: Tensor) -> None:

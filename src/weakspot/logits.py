@@ -184,7 +184,7 @@ def warn_of_probabilities(model: nn.Module, network: nn.Module, images: Tensor, 
     if layer is None:
         return
     values = {
-        "softmax": "rows that are probabilities (they sum to one), not logits",
+        "softmax": "values between 0 and 1 that sum to one in each row, as a softmax does",
         "sigmoid": "values between 0 and 1 that do not sum to one, as a sigmoid for each class does (multi-label)",
     }
     remedy = {

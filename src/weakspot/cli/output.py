@@ -74,7 +74,9 @@ def warnings_as_notes(quiet: bool) -> Iterator[None]:
             line: str | None = None,  # noqa: ARG001
         ) -> None:
             text = str(message)
-            if not (quiet or text in printed or issubclass(category, DeprecationWarning | FutureWarning)):
+            # matplotlib draws a character that its font lacks as a box, which changes no result.
+            unasked = issubclass(category, DeprecationWarning | FutureWarning) or text.startswith("Glyph ")
+            if not (quiet or text in printed or unasked):
                 printed.add(text)
                 note(text)
 
@@ -122,7 +124,12 @@ def first_rows(rows: Sequence[Row], *, every: bool) -> tuple[Sequence[Row], int]
 
 
 def outcome_sentence(
-    scores: pd.DataFrame, correct: Sequence[bool], done: str = "fooled", ending: str = ""
+    scores: pd.DataFrame,
+    correct: Sequence[bool],
+    done: str = "fooled",
+    ending: str = "",
+    *,
+    noun: str = "image",
 ) -> str:
     """On how many of the images that are classified as their label without an attack the attack succeeds.
 
@@ -131,15 +138,16 @@ def outcome_sentence(
         correct: whether each image is classified as its label; if not, no attack can succeed on it.
         done: what success is, in words.
         ending: of the sentence.
+        noun: what a row is.
     """
     right = sum(correct)
     if not right:
-        return f"Images classified as their label without an attack: none of {len(scores)}{ending}."
+        return f"{noun.capitalize()}s classified as their label without an attack: none of {len(scores)}{ending}."
     stored, floats = (
         sum(success and own for success, own in zip(scores[key], correct, strict=True))
         for key in ("success_8bit", "success")
     )
-    which = "image" if right == len(scores) else "correctly classified image"
+    which = noun if right == len(scores) else f"correctly classified {noun}"
     return f"{stored} of {counted(right, which)} {done} as 8-bit files ({floats} before rounding){ending}."
 
 

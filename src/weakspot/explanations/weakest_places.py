@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weakspot._checks import ModelWarning, quiet
 from weakspot.budgets import Linf
 from weakspot.classifier import evaluating, predict
 from weakspot.explanations.analysis import Analysis, Picture
@@ -54,7 +55,8 @@ def analyze_weak_spots(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Anal
         # Images with equal changes share a search, because a search has one budget.
         for eps in budgets[budgets > 0].unique().tolist():
             rows = (budgets == eps).nonzero()[:, 0]
-            result = smallest_square(classifier, clean[rows], labels[rows], budget=Linf(eps), seed=seed)
+            with quiet(ModelWarning):  # `weak_spots` has warned of what it would warn of again
+                result = smallest_square(classifier, clean[rows], labels[rows], budget=Linf(eps), seed=seed)
             classes = predict(classifier, result.pairs.adversarial).argmax(1)
             _note(scores, result, rows)
             masks[rows] = result.masks().long()

@@ -27,6 +27,15 @@ def percent(fraction: float) -> str:
     return f"{fraction:.0%}"
 
 
+def tenths(fraction: float) -> str:
+    """An area as a percentage with one decimal, where `percent` would round it to a whole number.
+
+    >>> tenths(0.0148), tenths(0.66), tenths(0.0004), tenths(1.0), tenths(0.9996)
+    ('1.5%', '66.0%', 'under 0.1%', '100%', 'over 99.9%')
+    """
+    return f"{fraction:.1%}" if 0.001 <= fraction < 0.9995 else percent(fraction)
+
+
 def p_value(p: float, name: str = "p") -> str:
     """A p value without false precision; `name` is its symbol, or empty under a heading that names it.
 

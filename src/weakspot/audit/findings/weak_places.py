@@ -15,7 +15,7 @@ from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, read_cell
 from weakspot.audit.store.run import Run
 from weakspot.explanations.weakest_places import GRID
 from weakspot.statistics import LEAST_RUN
-from weakspot.statistics.number_format import counted, p_value, percent, size_of_change
+from weakspot.statistics.number_format import counted, p_value, size_of_change, tenths
 
 ESTIMATE = "first_order"  # the stored map
 SQUARE = "smallest_square"  # prefix of its scores
@@ -77,7 +77,7 @@ class WeakPlaces:
             smallest = self.squares.iloc[0]
             square = (
                 f"The smallest square found has {smallest['side']:.0f} x {smallest['side']:.0f} pixels, "
-                f"{percent(smallest['fraction'])} of the image {smallest['image']}: {change}, it is enough to change "
+                f"{tenths(smallest['fraction'])} of the image {smallest['image']}: {change}, it is enough to change "
                 f"the decision."
             )
             if len(sides) > 1 and np.isfinite(half):
