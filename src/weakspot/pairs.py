@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -299,6 +301,20 @@ class AttackResult(Pairs):
             seed=self.seed,
         )
         return pd.concat([before, self.distances, after], axis=1)
+
+
+def first_copies(*batches: Tensor) -> NDArray[np.int_]:
+    """For each image of the batches (n, ...), in order, the number of the first one with the same content.
+
+    >>> first_copies(torch.tensor([[0.5], [0.7], [0.5]]), torch.tensor([[0.7]])).tolist()
+    [0, 1, 0, 1]
+    """
+    first: dict[bytes, int] = {}
+    rows = (row for batch in batches for row in batch.detach().cpu().numpy())
+    numbers = [
+        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number) for number, row in enumerate(rows)
+    ]
+    return np.array(numbers, dtype=np.int_)
 
 
 def row_number(index: int | str, names: Sequence[str], count: int) -> int:

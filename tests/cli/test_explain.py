@@ -352,6 +352,18 @@ def build():
 """
 
 
+CONSTANT = """
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([3.0, 1.0]))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), 2) + 0 * images.mean((1, 2, 3))[:, None]
+"""
+
+
 @pytest.mark.slow
 def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None:
     (tmp_path / "striped_networks.py").write_text(BRITTLE)
@@ -380,6 +392,37 @@ def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None
     assert plain.code == 0
     assert not (tmp_path / "plain/locality.csv").exists()
     assert "The same pixel at other sites" not in (tmp_path / "plain/report.html").read_text()
+
+
+def test_pairs_of_one_image_are_called_pairs(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "striped_networks.py").write_text(BRITTLE)
+    clean = torch.rand(1, 3, 30, 30, generator=torch.Generator().manual_seed(0)).repeat(24, 1, 1, 1) * 0.5
+    adversarial = clean.clone()
+    for number in range(24):
+        adversarial[number, 0, number, 15] = 1.0
+    zeros = torch.zeros(24, dtype=torch.long)
+    Pairs(clean, adversarial, zeros, 1 - zeros).save(tmp_path / "pairs.safetensors")
+    options = ("--pair", "pairs.safetensors", "--model", "striped_networks:build", "--size", "30x30")
+    ended = run("explain", *options, "--analyses", "locality", "--out", "moved")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("24 pairs of 1 image: the attack succeeds in 24 pairs.")
+    assert "24 of 24 pairs fooled as 8-bit files" in ended.out
+    assert "and 19 more pairs (show them" in ended.out
+    assert "a successful attack (1 image) still fools" in ended.out
+    assert "With fewer than 20 images, no claim is made." in ended.out
+    page = (tmp_path / "moved/report.html").read_text()
+    assert "All 24 pairs are fooled" in page
+    assert "1 image is an example, not a rate" in page
+    assert "24 images" not in ended.out + page
+
+
+def test_a_zero_gradient_is_said_once(run: Run, photographs: Path, tmp_path: Path) -> None:
+    flat = BRITTLE.replace("Brittle().eval()", "Constant().eval()") + CONSTANT
+    (tmp_path / "flat_networks.py").write_text(flat)
+    ended = run("explain", photographs, "--model", "flat_networks:build", "--size", "30x30", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("is zero everywhere in the region") == 1
+    assert "for 4 of 4 images" in ended.err
 
 
 class Interrupting:

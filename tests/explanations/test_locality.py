@@ -10,7 +10,13 @@ import torch
 from tests.attacks.test_sweep import Triggered
 from tests.networks import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
-from weakspot.explanations.locality_by_radius import MEANINGS, RADII, locality_sentence, locality_table
+from weakspot.explanations.locality_by_radius import (
+    MEANINGS,
+    RADII,
+    locality_of,
+    locality_sentence,
+    locality_table,
+)
 from weakspot.explanations.pixel_locality import analyze_locality
 from weakspot.statistics import rate_interval
 
@@ -174,6 +180,25 @@ def test_no_claim_without_evidence_images_or_success() -> None:
     assert "no pixel to move" in locality_sentence(
         locality_table(rates(30, 0.9, 0.0), ~everything, everything)
     )
+
+
+def test_many_pairs_of_one_image_are_one_observation() -> None:
+    scores = rates(40, 0.9, 0.1).assign(margin_clean=1.0, margin_adversarial=-1.0)
+    every = locality_of(scores, np.arange(40))
+    assert every is not None
+    assert locality_sentence(every).startswith("Neighboring sites share the weakness")
+    one = locality_of(scores, np.zeros(40, dtype=int))
+    assert one is not None
+    assert "(1 image)" in locality_sentence(one)
+    assert locality_sentence(one).endswith("With fewer than 20 images, no claim is made.")
+    assert one["rate"].to_numpy() == pytest.approx(every["rate"].to_numpy())
+    # The same of a whole analysis: two colors of the one trigger of one image, and another image.
+    model, pairs = triggered_pair()
+    marked = torch.zeros_like(pairs.clean)
+    marked[0, 0, 0, 0] = 0.5  # far from the trigger
+    clean = torch.cat([pairs.clean, pairs.clean, pairs.clean + marked])
+    changed = torch.cat([pairs.adversarial, 0.9 * pairs.adversarial, pairs.adversarial + marked])
+    assert locality(model, Pairs.of(model, clean, changed), radius=2).by_radius["images"].tolist() == [2] * 3
 
 
 def test_rates_that_round_to_nothing_and_images_without_far_sites_are_said_as_they_are() -> None:

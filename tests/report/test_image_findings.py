@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -53,7 +54,7 @@ def row(base: dict[str, object], **changed: object) -> pd.Series:
         ),
         (
             [{**RIGHT, **SQUARE}, {**LOST, **SQUARE, "smallest_square_side": 12.0, "smallest_square_fraction": 0.0029}],
-            ("A square of 12 to 24 pixels a side (0.29% to 1.1% of the image), changed by at most 8/255, is enough to "
+            ("A square of 12 to 24 pixels a side (0.3% to 1.1% of the image), changed by at most 8/255, is enough to "
             "fool the network on both images; the attack succeeds on 1 of the 2 images."),
         ),
         (
@@ -84,14 +85,24 @@ def row(base: dict[str, object], **changed: object) -> pd.Series:
     ],
 )  # fmt: skip
 def test_one_sentence_over_all_images(rows: list[dict[str, object]], wanted: str) -> None:
-    assert overview(pd.DataFrame(rows)) == wanted
+    assert overview(pd.DataFrame(rows), np.arange(len(rows))) == wanted
+
+
+def test_pairs_of_one_image_are_not_called_images() -> None:
+    pairs = pd.DataFrame([{**RIGHT, **SQUARE}, {**LOST, **SQUARE}, {**RIGHT, **SQUARE}])
+    assert overview(pairs, np.zeros(3)) == "3 pairs of 1 image: the attack succeeds in 2 pairs."
+    some = pd.DataFrame([{**RIGHT, **SQUARE}, {**RIGHT, **SQUARE}, {**MISREAD, **NO_SQUARE}])
+    assert overview(some, np.array([0, 0, 2])) == (
+        "3 pairs of 2 images: the attack succeeds in 2 pairs (1 of the 3 has a clean image that is misclassified "
+        "already)."
+    )
 
 
 def test_sizes_of_many_digits_are_gray_levels_rounded_upward() -> None:
     odd = {**RIGHT, **SQUARE, "smallest_square_budget": 100.0412 / 255}
     assert "changed by at most 100.1/255, is enough" in strongest_fact(row(odd))
     assert "changed by at most 8/255 to 100.1/255, is enough" in overview(
-        pd.DataFrame([odd, {**RIGHT, **SQUARE}])
+        pd.DataFrame([odd, {**RIGHT, **SQUARE}]), np.arange(2)
     )
 
 
@@ -234,7 +245,12 @@ def test_no_sentence_has_a_number_that_is_not_defined(undefined: list[str], base
     scores = row({**EVERYTHING, **base}, **dict.fromkeys(undefined, NAN))
     found = [text for short, sentences in findings(scores).values() for text in (short, *sentences)]
     explained: Any = Explained(scores=pd.DataFrame([scores]))
-    texts = [*found, strongest_fact(scores), overview(pd.DataFrame([scores] * 2)), verdict(explained)]
+    texts = [
+        *found,
+        strongest_fact(scores),
+        overview(pd.DataFrame([scores] * 2), np.arange(2)),
+        verdict(explained),
+    ]
     for text in [*texts, page_verdict(scores)]:
         assert not re.search(r"not defined|\b(nan|inf|None)\b", text), text
 
@@ -249,7 +265,9 @@ class Explained(SimpleNamespace):
 
 
 def steps(rows: list[dict[str, object]], **made: str) -> list[str]:
-    explained: Any = Explained(scores=pd.DataFrame(rows), made=made)
+    explained: Any = Explained(
+        scores=pd.DataFrame(rows), made=made, noun="image", images=np.arange(len(rows))
+    )
     found = next_steps(explained)
     assert all(step.reason.endswith(":") and step.command.startswith("weakspot ") for step in found)
     return [f"{step.reason} {step.command}" for step in found]

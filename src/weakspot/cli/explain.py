@@ -158,7 +158,7 @@ def _write(session: Session, explanation: Explanation) -> dict[str, Path]:
         "seconds_of_analyses": {name: round(seconds, 2) for name, seconds in explanation.seconds.items()},
     }
     paths = write_run(explanation, session.out, about)
-    locality = locality_of(explanation.scores)
+    locality = locality_of(explanation.scores, explanation.images)
     if locality is not None:
         paths["locality.csv"] = session.out / "locality.csv"
         write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
@@ -170,7 +170,7 @@ def _print_end(
 ) -> None:
     """What deeper analyses add to the first verdict, what --quick left out, and where the report is."""
     screen.finish(explanation)
-    locality = locality_of(explanation.scores)
+    locality = locality_of(explanation.scores, explanation.images)
     if locality is not None:
         print_text(f"\n{locality_sentence(locality)}")
     if left_out:
@@ -221,7 +221,7 @@ def _attack(
     seed: int,
 ) -> _Attacked:
     """Attack the images."""
-    aim, source = find_aim(classifier, images, aims)
+    aim, source = find_aim(session, images, aims)
     session.make_folder()
     mask, where = find_region(aims, classifier, aim, seed)
     step = session.display.step("attacking", total=len(aim.images), counted=False)

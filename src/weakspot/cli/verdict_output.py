@@ -94,13 +94,13 @@ class VerdictOutput:
 
         self.begun = True
         scores = explanation.scores
-        if sentence := overview(scores):
+        if sentence := overview(scores, explanation.images):
             print_text(f"{sentence}\n", style="bold")
         right = (scores["read_clean_as"] == scores["label"]).tolist()
         # A targeted attack that ends in a third class has fooled the network, and is no success.
         done = "changed to the target" if scores["asked_for_target"].any() else "fooled"
         ending = self.session.ending()
-        print_text(f"{outcome_sentence(scores, right, done, ending)}\n")
+        print_text(f"{outcome_sentence(scores, right, done, ending, noun=explanation.noun)}\n")
         _print_table(scores, self._rows(explanation)[0], every=self.every)
 
     def _print_verdicts(self, explanation: Explanation) -> None:
@@ -112,7 +112,7 @@ class VerdictOutput:
             print_text(self.printed[index])
         if more:
             print_text(
-                f"\n... and {counted(more, 'more image')} (show them with --all; all are in the report)",
+                f"\n... and {counted(more, f'more {explanation.noun}')} (show them with --all; all are in the report)",
                 style="dim",
             )
 

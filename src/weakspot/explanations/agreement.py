@@ -11,7 +11,6 @@ of them agree (`agreed`). The statistics and their tests are ours.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from weakspot import _random
 from weakspot.attribution.integrated_gradients import MarginDrop, sampled_drop
 from weakspot.classifier import Classifier, check_images
-from weakspot.pairs import Pairs
+from weakspot.pairs import Pairs, first_copies
 from weakspot.regions import top
 from weakspot.statistics import (
     OtherImageTest,
@@ -199,12 +198,7 @@ def comparable(images: Tensor, references: Tensor, confined: Tensor) -> Tensor:
     Returns:
         bool (N, N + R).
     """
-    first: dict[bytes, int] = {}
-    groups = [
-        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number)
-        for number, row in enumerate(row for part in (images, references) for row in part.cpu().numpy())
-    ]
-    group, count = np.array(groups), len(images)
+    group, count = first_copies(images, references), len(images)
     # Of each group of copies only the first may represent it, and never for another copy of the same image.
     allowed = (group[:count, None] != group) & (group == np.arange(len(group)))
     allowed[np.arange(count), np.arange(count)] = True

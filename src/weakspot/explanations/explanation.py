@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, warn_once
@@ -31,9 +32,10 @@ from weakspot.explanations.analysis import (
     shapes,
 )
 from weakspot.logits import margin
-from weakspot.pairs import AttackResult, Pairs, row_number
+from weakspot.pairs import AttackResult, Pairs, first_copies, row_number
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -119,6 +121,16 @@ class Explanation:
         Takes an index, and raises, as `verdict` does.
         """
         return cast("Figure", find_renderer("figure")(self, self._row(index)))
+
+    @property
+    def images(self) -> NDArray[np.int_]:
+        """(N,) the number of each pair's clean image; several pairs may share one."""
+        return first_copies(self.pairs.clean)
+
+    @property
+    def noun(self) -> str:
+        """What a row of the scores is: "image", or "pair" if several rows share a clean image."""
+        return "image" if len(set(self.images.tolist())) == len(self) else "pair"
 
     def _row(self, index: int | str) -> int:
         return row_number(index, [str(name) for name in self.scores["image"]], len(self))

@@ -86,13 +86,20 @@ def locality_table(
     return pd.DataFrame(rows)
 
 
-def locality_of(scores: pd.DataFrame) -> pd.DataFrame | None:
-    """The table for the scores of an explanation; None if no pair differs in exactly one pixel."""
+def locality_of(scores: pd.DataFrame, images: NDArray[np.int_]) -> pd.DataFrame | None:
+    """The table for the scores of an explanation; None if no pair differs in exactly one pixel.
+
+    Args:
+        scores: one row per pair.
+        images: (pairs,) the number of each pair's clean image (`first_copies`). Pairs of one image are no independent
+            observations, so their rates are averaged before images are counted.
+    """
     if RANDOM not in scores:
         return None
-    correct = (scores["margin_clean"] > 0).to_numpy()
-    fooled = (scores["margin_adversarial"] < 0).to_numpy()
-    return locality_table(scores, correct & fooled, correct & ~fooled)
+    correct, fooled = scores["margin_clean"] > 0, scores["margin_adversarial"] < 0
+    means = scores[[*MEANINGS]].groupby([images, correct, fooled], sort=False).mean()
+    kept, changed = (means.index.get_level_values(level).to_numpy(bool) for level in (1, 2))
+    return locality_table(means, kept & changed, kept & ~changed)
 
 
 def locality_sentence(table: pd.DataFrame) -> str:

@@ -7,12 +7,13 @@ pixel moved together) are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot import _random
@@ -22,7 +23,7 @@ from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, RANDOM, ring_score
-from weakspot.pairs import Pairs
+from weakspot.pairs import Pairs, first_copies
 from weakspot.statistics import rate_interval
 from weakspot.statistics.number_format import counted, percent
 
@@ -45,7 +46,7 @@ class Locality:
         same_class: bool (N, H, W), whether it changes it to the class that the attack itself reached.
         by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
             distance, and a row "random" of all other sites; columns radius, rate, low, high (mean over images with its
-            95% interval, `rate_interval`), same_class, images.
+            95% interval, `rate_interval`), same_class, images. Pairs of one image count as one image, with their mean.
         controls: the same columns without same_class; rows "neighbors", "random", "neighbors of failed attacks",
             "random site of failed attacks", "random color", "moved with the image".
     """
@@ -121,21 +122,27 @@ def locality(
     )
     rings = _rings(site, pairs.clean.shape[2:])
     # Random sites are all sites but the attack's own; the neighbors are among them.
-    near, elsewhere = rings == 1, rings > 0
-    controls = {
-        "neighbors": _rates(success, near, fooled),
-        "random": _rates(success, elsewhere, fooled),
-        "neighbors of failed attacks": _rates(success, near, failed),
-        "random site of failed attacks": _rates(success, elsewhere, failed),
-        "random color": colored[fooled].cpu().numpy(),
-        "moved with the image": moved[fooled & moved.isfinite()].cpu().numpy(),
+    near, elsewhere = _rates(success, rings == 1), _rates(success, rings > 0)
+    images = first_copies(pairs.clean)
+    controls: dict[object, np.ndarray] = {
+        "neighbors": _by_image(near, fooled, images),
+        "random": _by_image(elsewhere, fooled, images),
+        "neighbors of failed attacks": _by_image(near, failed, images),
+        "random site of failed attacks": _by_image(elsewhere, failed, images),
+        "random color": _by_image(colored, fooled, images),
+        "moved with the image": _by_image(moved, fooled, images),
     }
-    return Locality(
-        success,
-        same,
-        _by_radius(success, same, rings, fooled, radius),
-        _rate_table("control", controls, controls.values()),
+    areas: dict[object, Tensor] = {ring: rings == ring for ring in range(1, radius + 1)}
+    areas["random"] = rings > 0
+    by_radius, reached = (
+        {name: _by_image(_rates(hits, area), fooled, images) for name, area in areas.items()}
+        for hits in (success, same)
     )
+    table = _rate_table("radius", by_radius)
+    table.insert(
+        4, "same_class", [float(rates.mean()) if len(rates) else np.nan for rates in reached.values()]
+    )
+    return Locality(success, same, table, _rate_table("control", controls))
 
 
 @dataclass(frozen=True)
@@ -213,31 +220,29 @@ def _rings(site: Tensor, size: torch.Size) -> Tensor:
     return torch.maximum(down, right)
 
 
-def _rates(hits: Tensor, area: Tensor, chosen: Tensor) -> np.ndarray:
-    """For each chosen image that has sites in the area (N, H, W), the fraction of them that hit."""
-    sites = area[chosen].flatten(1).sum(1).double()
-    rates = (hits & area)[chosen].flatten(1).sum(1) / sites
-    return rates[sites > 0].cpu().numpy()
+def _rates(hits: Tensor, area: Tensor) -> Tensor:
+    """(N,) the fraction of each image's sites in the area (N, H, W) that hit; NaN without such sites."""
+    sites = area.flatten(1).sum(1).double()
+    return (hits & area).flatten(1).sum(1) / sites.where(sites > 0, torch.nan)
 
 
-def _rate_table(title: str, names: Iterable[object], rates: Iterable[np.ndarray]) -> pd.DataFrame:
+def _by_image(rates: Tensor, chosen: Tensor, images: NDArray[np.int_]) -> np.ndarray:
+    """The mean rate of each image with chosen pairs; rates (N,) that are NaN are left out."""
+    known = (chosen & rates.isfinite()).cpu().numpy()
+    _, number = np.unique(images[known], return_inverse=True)
+    means: np.ndarray = np.bincount(number, rates.cpu().numpy()[known]) / np.bincount(number)
+    return means
+
+
+def _rate_table(title: str, rates: Mapping[object, np.ndarray]) -> pd.DataFrame:
     """One row per name, in the column `title`, with rate, low, high and images."""
     import pandas as pd
 
     rows = []
-    for name, values in zip(names, rates, strict=True):
+    for name, values in rates.items():
         rate, low, high = rate_interval(values)
         rows.append({title: name, "rate": rate, "low": low, "high": high, "images": len(values)})
     return pd.DataFrame(rows)
-
-
-def _by_radius(success: Tensor, same: Tensor, rings: Tensor, fooled: Tensor, radius: int) -> pd.DataFrame:
-    areas: dict[object, Tensor] = {ring: rings == ring for ring in range(1, radius + 1)}
-    areas["random"] = rings > 0
-    table = _rate_table("radius", areas, [_rates(success, area, fooled) for area in areas.values()])
-    reached = [_rates(same, area, fooled) for area in areas.values()]
-    table.insert(4, "same_class", [float(rates.mean()) if len(rates) else np.nan for rates in reached])
-    return table
 
 
 def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
@@ -305,9 +310,7 @@ def _moved(model: nn.Module, pairs: Pairs, one_pixel: Tensor, seed: int) -> tupl
     rates = {}
     for name, area in areas.items():
         rates[name] = torch.full((len(pairs),), torch.nan, dtype=torch.float64, device=site.device)
-        sites = area.flatten(1).sum(1).double()
-        hits = (result.success & area).flatten(1).sum(1)
-        rates[name][one_pixel] = (hits / sites.where(sites > 0, torch.nan)).to(rates[name])
+        rates[name][one_pixel] = _rates(result.success, area).to(rates[name])
     kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
     # Reaching the same class implies success, so the sum is a position in MOVED: 0, 1 or 2.
     kinds[one_pixel] = (result.success * 1 + result.same_class)[:, None]

@@ -41,7 +41,7 @@ def page(explanation: Explanation) -> str:
         linked=linked,
         anchor=anchor,
         model=explanation.model,
-        overview=overview(explanation.scores),
+        overview=overview(explanation.scores, explanation.images),
         pairs=[_pair(explanation, index) for index in range(len(explanation))],
         overlays=_overlays(explanation),
         attack=explanation.made.get("attack", ""),
@@ -156,7 +156,7 @@ def _bare(p: float) -> str:
 
 def _locality(explanation: Explanation) -> dict[str, object] | None:
     """How often the pixel of a one-pixel attack fools at other sites, over all images; None for other attacks."""
-    table = locality_of(explanation.scores)
+    table = locality_of(explanation.scores, explanation.images)
     if table is None:
         return None
 

@@ -5,26 +5,44 @@ question.
 import math
 from fractions import Fraction
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from weakspot.budgets import Linf
 from weakspot.explanations.agreement import WHOLE
 from weakspot.explanations.certified_pixels import certificate_finding
 from weakspot.explanations.weakest_places import square_finding
 from weakspot.report.image_verdict import located, location, perturbation_type
-from weakspot.statistics.number_format import counted, number, percent
+from weakspot.statistics.number_format import counted, number, percent, tenths
 from weakspot.vulnerability.square import at_most
 
 FEW = 0.5  # fraction of the changed cells up to which they are worth a headline
 WHERE, WHY, LOCAL, HELPS = QUESTIONS = ("Where", "Why", "How local", "What helps")
 
 
-def overview(scores: pd.DataFrame) -> str:
-    """One sentence over several images: on how many the attack succeeds; empty for one image."""
+def overview(scores: pd.DataFrame, images: NDArray[np.int_]) -> str:
+    """One sentence over several images: on how many the attack succeeds; empty for one image.
+
+    Args:
+        scores: one row per pair.
+        images: (pairs,) the number of each pair's clean image.
+    """
     correct = scores[scores["read_clean_as"] == scores["label"]]
     total, wrong = len(correct), len(scores) - len(correct)
     if len(scores) == 1:
         return ""
+    if (several := len(np.unique(images))) < len(scores):
+        fooling = counted(int(correct["success_8bit"].sum()), "pair")
+        verb = "has" if wrong == 1 else "have"
+        ending = (
+            f" ({wrong} of the {len(scores)} {verb} a clean image that is misclassified already)"
+            if wrong
+            else ""
+        )
+        return (
+            f"{counted(len(scores), 'pair')} of {counted(several)}: the attack succeeds in {fooling}{ending}."
+        )
     if not total:
         return f"{_all(wrong).capitalize()} are misclassified without any attack."
     done = int(correct["success_8bit"].sum())
@@ -105,7 +123,7 @@ def _squares(correct: pd.DataFrame) -> str:
         for name in ("side", "fraction", "budget")
     )
     side = _range(f"{sides[0]:.0f}", f"{sides[1]:.0f}")
-    area = _range(*(f"{100 * one:.2g}%" if one < 0.095 else percent(one) for one in areas))
+    area = _range(*map(tenths, areas))
     budget = _range(*(at_most(Linf(budget)) for budget in budgets))
     count = f"{len(found)} of the {counted(len(correct))}"
     if len(found) == len(correct):

@@ -32,7 +32,7 @@ class Step:
 
 def next_steps(explanation: Explanation) -> list[Step]:
     """What the findings suggest, most specific first; at most `MOST` steps."""
-    scores, made = explanation.scores, explanation.made
+    scores, made, noun = explanation.scores, explanation.made, explanation.noun
     model = _model_options(made)
     correct = scores[scores["read_clean_as"] == scores["label"]]
     fooled = correct[correct["success_8bit"]]
@@ -40,17 +40,17 @@ def next_steps(explanation: Explanation) -> list[Step]:
     failed = failed[~failed["asked_for_target"]]  # which may have ended in a third class
     steps = []
     if len(fooled) and made.get("region") == "background":
-        steps += _background(_of(len(fooled), len(correct), len(scores)), model)
+        steps += _background(_of(len(fooled), len(correct), len(scores), noun), model)
     elif 2 * len(fooled) > len(correct):
         steps.append(
             Step(
-                f"{_of(len(fooled), len(correct), len(scores))} fooled. Train a network on attacked images "
+                f"{_of(len(fooled), len(correct), len(scores), noun)} fooled. Train a network on attacked images "
                 "(a folder with one folder per class):",
                 "weakspot train photos/ --size 64x64 --recipe full --out runs/full",
             )
         )
     if len(failed):
-        none = f"The attack found no adversarial example for {counted(len(failed))}"
+        none = f"The attack found no adversarial example for {counted(len(failed), noun)}"
         steps.append(
             Step(
                 f"{none}; this does not mean that none exists. Try the ensemble of attacks:",
@@ -67,10 +67,11 @@ def next_steps(explanation: Explanation) -> list[Step]:
                 f"weakspot defend photos/ --defense neutralize{_budget(made)}{model}",
             )
         )
-    few = f"{counted(len(scores))} {'is an example' if len(scores) == 1 else 'are examples'}, not a rate. "
+    images = len(set(explanation.images.tolist()))
+    few = f"{counted(images)} {'is an example' if images == 1 else 'are examples'}, not a rate. "
     steps.append(
         Step(
-            f"{few if len(scores) < LEAST_REGION else ''}Measure robust accuracy and weak regions on your own "
+            f"{few if images < LEAST_REGION else ''}Measure robust accuracy and weak regions on your own "
             f"photographs, at least {LEAST_REGION} of them:",
             f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
         )
@@ -108,9 +109,9 @@ def _background(fooled: str, model: str) -> list[Step]:
     ]
 
 
-def _of(part: int, total: int, every: int) -> str:
+def _of(part: int, total: int, every: int, noun: str) -> str:
     """Some of the images that are classified as their label, out of all that were explained, and the verb."""
-    noun = "image" if total == every else "correctly classified image"
+    noun = noun if total == every else f"correctly classified {noun}"
     if total == 1:
         return f"The {noun if total == every else f'one {noun}'} is"
     if part == total:
