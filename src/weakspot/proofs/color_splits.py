@@ -103,8 +103,15 @@ class ColorSearch:
                 flipped, predicted, margins = self.runs.refuting(rows, columns, colors[part])
                 self._remember(sites[part], colors[part], margins.double().cpu())
             else:
-                # In real numbers: the margin to some class is below zero for certain.
-                predicted = self.bounds.certain_classes(rows, columns, colors[part])
+                margins, near = self.runs.margins(rows, columns, colors[part])
+                # Float32 is near enough to say which colors are worth bounds.
+                doubtful = (~(margins >= near)).nonzero()[:, 0]
+                predicted = torch.full_like(part, self.bounds.label)
+                if len(doubtful):
+                    # In real numbers: the margin to some class is below zero for certain.
+                    predicted[doubtful] = self.bounds.certain_classes(
+                        rows[doubtful], columns[doubtful], colors[part[doubtful]]
+                    )
                 flipped = predicted != self.bounds.label
             chosen = part[flipped]
             flips[chosen] = True
