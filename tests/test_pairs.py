@@ -200,7 +200,7 @@ def test_of_refuses_a_label_beyond_the_last_class(pooling: Made) -> None:
 
 def test_of_warns_of_a_model_that_returns_probabilities(pooling: Made) -> None:
     model, images = pooling
-    with pytest.warns(ModelWarning, match="probabilities"):
+    with pytest.warns(ModelWarning, match="as a softmax does"):
         Pairs.of(nn.Sequential(model, nn.Softmax(1)).eval(), images, images)
 
 
@@ -478,8 +478,8 @@ def test_pairs_are_iterated_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
-        (9, IndexError, "index must be between 0 and 3, one of 4 pairs, got 9"),
-        (-5, IndexError, "index must be between 0 and 3, one of 4 pairs, got -5"),
+        (9, IndexError, r"index must be from -4 to 3, got 9"),
+        (-5, IndexError, r"index must be from -4 to 3, got -5"),
         ([0, 4], IndexError, "got 4"),
         (1.5, IndexError, "must be indexed by numbers, a slice, a mask or names, got float"),
         (True, IndexError, "must be indexed by"),

@@ -19,8 +19,10 @@ from weakspot._checks import (
     first_line,
     warn_once,
 )
+from weakspot._network_config import configured_names, configured_size, image_channels
 from weakspot._state import EvalMode, preserve_random_state
 from weakspot.logits import filled, logits_of, may_be_probabilities, warn_of_probabilities
+from weakspot.statistics.number_format import counted
 
 MAX_BATCH = 128
 BATCH_PIXELS = 4 * 224 * 224  # four images of 224 x 224: small enough for caches, measured no slower than 16
@@ -75,9 +77,9 @@ class Classifier(nn.Module):
         self.unscaled = all(value == 1 for value in std)
         self.network = network
         self.name = name or type(network).__name__
-        self.input_size = input_size or _configured_size(network) or (224, 224)
-        self.channels = _image_channels(network, max(len(mean), len(std)))
-        self.class_names = tuple(class_names or _configured_names(network))
+        self.input_size = input_size or configured_size(network) or (224, 224)
+        self.channels = image_channels(network, max(len(mean), len(std)))
+        self.class_names = tuple(class_names or configured_names(network))
         self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
         self.training = network.training
 
@@ -131,7 +133,9 @@ class Classifier(nn.Module):
         """Logits (N, K) of images (N, C, H, W) in the module's current mode, for training."""
         channels = max(self.mean.shape[1], self.std.shape[1])  # either may be one value for all
         if channels not in {1, images.shape[1]}:
-            raise ValueError(f"images must have {channels} channels, as mean and std, got {images.shape[1]}")
+            raise ValueError(
+                f"images must have {counted(channels, 'channel')}, as mean and std, got {images.shape[1]}"
+            )
         try:
             shifted = (
                 images.to(self.mean) - self.mean
@@ -141,7 +145,7 @@ class Classifier(nn.Module):
         except RuntimeError as error:
             if images.shape[1] != self.channels:
                 raise ValueError(
-                    f"images must have {self.channels} channels for {self.name}, got {images.shape[1]}"
+                    f"images must have {counted(self.channels, 'channel')} for {self.name}, got {images.shape[1]}"
                 ) from error
             if tuple(images.shape[2:]) == tuple(self.input_size) or not _concerns_shape(error):
                 raise
@@ -203,32 +207,6 @@ def _concerns_shape(error: RuntimeError) -> bool:
     return not is_memory and any(word in str(error) for word in ("shape", "size", "dimension"))
 
 
-def _configured_names(network: nn.Module) -> list[str]:
-    """Class names in the config of a transformers network; none if there are only LABEL_0, LABEL_1, ..."""
-    table = getattr(getattr(network, "config", None), "id2label", None)
-    if not isinstance(table, dict) or not all(isinstance(index, int) for index in table):
-        return []
-    names = [str(table[index]) for index in sorted(table)]
-    return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
-
-
-def _configured_size(network: nn.Module) -> tuple[int, int] | None:
-    """The (height, width) in the config of a transformers network, if there is one."""
-    size = getattr(getattr(network, "config", None), "image_size", None)
-    height, width = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
-
-
-def _image_channels(network: nn.Module, statistics: int) -> int:
-    """Number of channels of an image: that of mean and std, else that of the first convolution."""
-    if statistics > 1:
-        return statistics
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[Classifier]:
     """Hold a model in eval mode, gradients enabled, as a classifier; modes, generators and grad mode return on exit.
@@ -240,6 +218,11 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
         classifier = as_classifier(model)
     if classifier.mean.is_meta:
         raise ValueError(f"{classifier.name} must have weights, got meta tensors (load its weights first)")
+    if any(parameter.is_inference() for parameter in classifier.parameters()):
+        raise ValueError(
+            f"{classifier.name} must have weights made outside of torch.inference_mode(), got some made inside (copy "
+            "it with copy.deepcopy outside)"
+        )
     with (
         EvalMode(classifier) as mode,
         preserve_random_state(classifier.mean.device),
@@ -311,7 +294,7 @@ def check_images(images: Tensor, classifier: Classifier, *, name: str = "images"
 
 def default_batch(images: Tensor) -> int:
     """How many images of this size go through a model at once by default."""
-    return max(1, min(MAX_BATCH, BATCH_PIXELS // (images.shape[-2] * images.shape[-1])))
+    return max(1, min(MAX_BATCH, BATCH_PIXELS // max(1, images.shape[-2] * images.shape[-1])))
 
 
 def predict(
@@ -319,12 +302,17 @@ def predict(
 ) -> Tensor:
     """Logits (N, K) of images (N, C, H, W), in batches, without gradients; see `check_logits` for warnings.
 
-    Unless `finite`, rows may hold NaN and infinity.
+    Args:
+        classifier: in eval mode.
+        images: as above.
+        batch_size: images at once.
+        finite: False to return rows that hold NaN or infinity, too.
     """
     with torch.no_grad():
         logits = torch.cat([classifier(batch) for batch in images.split(batch_size or default_batch(images))])
-    if finite or bool((rows := logits.isfinite().all(1)).any()):
-        check_logits(logits if finite else logits[rows], classifier, images)
+    judged = logits if finite else logits[logits.isfinite().all(1)]
+    if len(judged):
+        check_logits(judged, classifier, images)
     return logits
 
 

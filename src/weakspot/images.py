@@ -1,5 +1,6 @@
 """Image files, folders and sample photographs as tensors (N, C, H, W) in [0, 1]."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,20 @@ def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]
     ]
     images = [read_images(file, size=size)[0] for file in files]
     return torch.cat(images), list(SAMPLE_NAMES)
+
+
+def first_copies(*batches: Tensor) -> NDArray[np.int_]:
+    """For each image of the batches (n, ...), in order, the number of the first one with the same content.
+
+    >>> first_copies(torch.tensor([[0.5], [0.7], [0.5]]), torch.tensor([[0.7]])).tolist()
+    [0, 1, 0, 1]
+    """
+    first: dict[bytes, int] = {}
+    rows = (row for batch in batches for row in batch.detach().cpu().numpy())
+    numbers = [
+        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number) for number, row in enumerate(rows)
+    ]
+    return np.array(numbers, dtype=np.int_)
 
 
 def are_samples(names: Sequence[Path]) -> bool:

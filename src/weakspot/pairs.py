@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from weakspot._checks import check_batch, check_classes, check_range, unknown_ch
 from weakspot._io.files import write_atomic
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,9 +55,10 @@ class Pairs:
     names: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, images in (("clean", self.clean), ("adversarial", self.adversarial)):
-            if not _is_empty(self.clean) or not _is_empty(self.adversarial):
-                check_batch(images, name=name)
+        both = {"clean": self.clean, "adversarial": self.adversarial}
+        empty = all(getattr(images, "ndim", 0) == 4 and not len(images) for images in both.values())
+        for name, images in both.items() if not empty else ():
+            check_batch(images, name=name)
         _check_same_shape(self.clean, self.adversarial)
         check_classes(self.labels, len(self.clean), name="labels")
         check_classes(self.targets, len(self.clean), name="targets")
@@ -270,9 +270,11 @@ class AttackResult(Pairs):
         )
 
     def __repr__(self) -> str:
-        passes = int(self.n_forward.sum()), int(self.n_backward.sum())
         success = f"{int(self.fooled.sum())} of {len(self)} successful"
-        return f"{super().__repr__()[:-1]}, {success}, {passes[0]} forward and {passes[1]} backward passes)"
+        passes = (
+            f"{int(self.n_forward.sum())} forward and {counted(int(self.n_backward.sum()), 'backward pass')}"
+        )
+        return f"{super().__repr__()[:-1]}, {success}, {passes})"
 
     @property
     def fooled(self) -> Tensor:
@@ -303,20 +305,6 @@ class AttackResult(Pairs):
         return pd.concat([before, self.distances, after], axis=1)
 
 
-def first_copies(*batches: Tensor) -> NDArray[np.int_]:
-    """For each image of the batches (n, ...), in order, the number of the first one with the same content.
-
-    >>> first_copies(torch.tensor([[0.5], [0.7], [0.5]]), torch.tensor([[0.7]])).tolist()
-    [0, 1, 0, 1]
-    """
-    first: dict[bytes, int] = {}
-    rows = (row for batch in batches for row in batch.detach().cpu().numpy())
-    numbers = [
-        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number) for number, row in enumerate(rows)
-    ]
-    return np.array(numbers, dtype=np.int_)
-
-
 def row_number(index: int | str, names: Sequence[str], count: int) -> int:
     """The number of the pair that a number, which may be negative, or a name stands for.
 
@@ -341,7 +329,7 @@ def row_number(index: int | str, names: Sequence[str], count: int) -> int:
         raise IndexError(f"index must be the number or the name of a pair, got {index!r}")
     number = operator.index(index)
     if not -count <= number < count:
-        raise IndexError(f"index must be between 0 and {count - 1}, one of {count} pairs, got {number}")
+        raise IndexError(f"index must be from {-count} to {count - 1}, got {number}")
     return number % count
 
 
@@ -352,11 +340,6 @@ def _stored_names(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()
-
-
-def _is_empty(images: object) -> bool:
-    """Whether it is a batch of no images."""
-    return isinstance(images, Tensor) and images.ndim == 4 and not len(images)
 
 
 def _check_same_shape(clean: Tensor, adversarial: Tensor) -> None:

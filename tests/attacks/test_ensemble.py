@@ -266,7 +266,7 @@ def test_where_nothing_can_succeed_every_pass_is_made_and_no_success_claimed() -
             return images.new_tensor([1.0, 3.0, 2.0]).expand(len(images), 3)
 
     images, labels = torch.rand(5, 3, 8, 8), torch.ones(5, dtype=torch.long)
-    with pytest.warns(ModelWarning, match=r"zero everywhere in the region for 5 of 5") as caught:
+    with pytest.warns(ModelWarning, match=r"zero everywhere for 5 of 5") as caught:
         result = ensemble(Constant().eval(), images, labels)
     assert not any("hides" in str(warning.message) for warning in caught)
     assert not bool(result.success.any())

@@ -420,5 +420,5 @@ def test_frozen_models_get_the_same_map_and_keep_their_gradients(any_model: Made
 
 def test_a_model_that_returns_probabilities_trips_a_warning(pooling: Made) -> None:
     model, images = pooling
-    with pytest.warns(ModelWarning, match="probabilities"):
+    with pytest.warns(ModelWarning, match="as a softmax does"):
         class_activation(nn.Sequential(model, nn.Softmax(1)).eval(), images, CLASSES)

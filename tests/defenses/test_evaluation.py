@@ -295,7 +295,7 @@ def test_arguments_that_do_not_fit_are_named(arguments: dict[str, Any], message:
 
 def test_a_model_that_returns_probabilities_causes_a_warning() -> None:
     model, images, labels = fragile()
-    with pytest.warns(ModelWarning, match="probabilities"):
+    with pytest.warns(ModelWarning, match="as a softmax does"):
         evaluate_defense(
             model, Wrapped(model, after=lambda z: z.softmax(1)).eval(), images, labels, steps=1, queries=1
         )

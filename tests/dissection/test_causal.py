@@ -67,7 +67,7 @@ def test_invalid_input_is_an_error() -> None:
     model, pairs = carried()
     with pytest.raises(ValueError, match="fractions must be a list of fractions"):
         unit_restoration(model, "look", pairs, fractions=(0.0,))
-    with pytest.raises(ValueError, match=r"layers must .* got 'luck'"):
+    with pytest.raises(ValueError, match=r"layer must .* got 'luck'"):
         unit_restoration(model, "luck", pairs)
 
 

@@ -290,7 +290,7 @@ def test_progress_rises_to_one(tmp_path: Path) -> None:
         ({"denominator": "unions"}, "denominator must be one of .* got 'unions'"),
         ({"alignment": "resized"}, "alignment must .*'resized' .did you mean 'resize'"),
         ({"batch_size": 0}, "batch_size must .* got 0"),
-        ({"layer": "lok"}, "layers must .* got 'lok' .did you mean 'look'"),
+        ({"layer": "lok"}, "layer must .* got 'lok' .did you mean 'look'"),
     ],
 )
 def test_invalid_arguments_are_errors_that_name_them(

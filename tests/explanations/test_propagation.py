@@ -312,8 +312,8 @@ def test_the_figure_draws_a_line_for_each_group_that_has_pairs() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["stam"], "layers must .* got 'stam' .did you mean 'stem'"),
-        (["head"], "layers must .* got 'head' .head has no feature map"),
+        (["stam"], "layer must .* got 'stam' .did you mean 'stem'"),
+        (["head"], "layer must .* got 'head' .head has no feature map"),
         ("stem", "layers must be a list of layer names"),
         ([], "layers must be a list of layer names"),
     ],

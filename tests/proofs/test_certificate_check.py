@@ -332,7 +332,7 @@ TAMPERED: list[tuple[Callable[[Record], None], str]] = [
     (leaf_between_levels, "has a box without an 8-bit color"),
     (no_leaves, "is not proven: it has no boxes"),
     (refute_with_a_huge_color, "has a color that is not allowed"),
-    (repeat_a_counterexample, "its counterexamples is not what"),
+    (repeat_a_counterexample, "its part 'counterexamples' is not what"),
     (widen_colors, "no box covers its color"),
     (all_colors, "enumerated boxes, which prove 8-bit colors as run and nothing else"),
     (exact_statement, "enumerated boxes, which prove 8-bit colors as run and nothing else"),
@@ -350,9 +350,9 @@ TAMPERED: list[tuple[Callable[[Record], None], str]] = [
     (forget_a_refuted_pixel, "is not proven, but has a lower bound above zero"),
     (bound_of_a_refuted_pixel, "is not proven, but has a lower bound above zero"),
     (reason_of_a_proven_pixel, "is not unknown, but has a reason"),
-    (other_meaning, "its meaning is not what"),
-    (other_color_text, "its colors is not what"),
-    (other_shape, "its image_shape is not what"),
+    (other_meaning, "its part 'meaning' is not what"),
+    (other_color_text, "its part 'colors' is not what"),
+    (other_shape, "its part 'image_shape' is not what"),
     (one_more_part, "the part 'guarantee', which no certificate has"),
 ]
 _OWN_LEVELS = (weak_network()[1][:, 0] * 255).round().long().tolist()
@@ -492,8 +492,8 @@ def test_patch_certificates_are_checked_too(tmp_path: Path) -> None:
         (margin_of_a_tie, "image 2 has a margin of 1e-05, but is not certified"),
         (negative_margin, "image 1 has a margin of -1e-05, but is certified"),
         (impossible_pair, "its pairs are not masks between 0 and"),
-        (other_meaning, "its meaning is not what"),
-        (exact_statement, "its statement is not what"),
+        (other_meaning, "its part 'meaning' is not what"),
+        (exact_statement, "its part 'statement' is not what"),
     ):
         changed = copy.deepcopy(record)
         tamper(changed)

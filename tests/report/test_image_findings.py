@@ -292,7 +292,13 @@ def test_a_weak_background_is_said_only_of_attacks_on_the_background() -> None:
 def test_commands_repeat_the_model_and_the_budget() -> None:
     said = steps([{**RIGHT, "relation": NAN}, LOST], command=COMMAND)
     audit = next(step for step in said if "weakspot audit" in step)
-    assert "--budget linf:8/255 --model 'my nets:build' --size=32x32" in audit
+    assert "--budget linf:8/255 --model 'my nets:build' --size 32x32" in audit
+    background = " ".join(steps([RIGHT], command=COMMAND, region="background"))
+    assert "--regions background --controls --budget linf:8/255 --model" in background
+    joined = " ".join(
+        steps([LOST], command="weakspot explain a -bl2:1 -mnets:build -b l2:2 --budget=l2:3 -m other:net")
+    )
+    assert joined.count("--budget l2:3 --model other:net") == 3
     assert "--model my_package.models:build" in " ".join(steps([RIGHT]))  # made in Python
     assert "--model" not in " ".join(steps([RIGHT], command="weakspot explain --samples"))
 
@@ -303,7 +309,7 @@ def test_a_map_is_recommended_where_none_was_made() -> None:
 
     (step,) = maps(steps([RIGHT], command=COMMAND))
     assert step.endswith(
-        "weakspot map photos/ --budget linf:8/255 --model 'my nets:build' --size=32x32 --out runs/map"
+        "weakspot map photos/ --budget linf:8/255 --model 'my nets:build' --size 32x32 --out runs/map"
     )
     assert not maps(steps([{**RIGHT, **SQUARE}], command=COMMAND))
 
@@ -314,6 +320,10 @@ def test_recommendations_follow_from_the_findings() -> None:
         "The attack found no adversarial example for 2 images; this does not mean that none exists." in failed
     )
     assert "--recipe" not in failed
+    assert "--attack ensemble" in failed
+    stronger = " ".join(steps([LOST], command="weakspot explain a", attack="ensemble, linf:4/255"))
+    assert "--attack ensemble" not in stronger
+    assert "weakspot map photos/ --effort verified" in stronger
     fooled = " ".join(steps([RIGHT, RIGHT], command="weakspot explain a b"))
     assert "Both images are fooled." in fooled
     assert "found no adversarial example" not in fooled

@@ -68,7 +68,8 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             {"relation": NAN, "relation_p": NAN, "relation_q": NAN, "effect_in_roi_null": NAN},
             (
                 "61% of the effect falls on the 20% of the image that matters most for lynx (no p value: that needs at "
-                "least 19 other images of the same source, in the batch or in --reference FOLDER)."
+                "least 19 other images of the same source whose importance maps show evidence, in the batch or in "
+                "--reference FOLDER)."
             ),
         ),
         (

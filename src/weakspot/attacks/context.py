@@ -253,11 +253,10 @@ class Problem:
         """Warn about images whose gradient is zero in the whole region, on which a gradient attack is meaningless."""
         flat = (direction == 0).flatten(1).all(1) & self.region.flatten(1).any(1)
         if bool(flat.any()):
-            warn(
-                f"the gradient of {self.classifier.name} is zero everywhere in the region for {int(flat.sum())} of "
-                f"{counted(len(flat))}: a gradient attack cannot judge it (masked or saturated gradients)",
-                ModelWarning,
-            )
+            place = "everywhere" if self.everywhere else "everywhere in the region"
+            where = f"zero {place} for {int(flat.sum())} of {counted(len(flat))}"
+            why = "a gradient attack cannot judge it (masked or saturated gradients)"
+            warn(f"the gradient of {self.classifier.name} is {where}: {why}", ModelWarning)
 
     def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
         check_logits(logits, self.classifier, self.clean)

@@ -12,6 +12,7 @@ from weakspot.attacks.pixel_search import color_grid, in_gradient_order, paint
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.logits import margin as margin_of
 from weakspot.pairs import Pairs
+from weakspot.statistics.number_format import counted, percent
 
 BLOCK = 8192  # edits whose logits are in memory at once
 EARLY_BLOCK = 256  # candidates of each image between two checks which images are fooled
@@ -41,8 +42,8 @@ class PixelSweep:
     def __repr__(self) -> str:
         weak = (self.margin < 0).flatten(1).double().mean(1)
         return (
-            f"PixelSweep({len(weak)} images, margin {tuple(self.margin.shape)}, {int(self.success.sum())} fooled by "
-            f"one pixel, {float(weak.mean()):.1%} of pixels enough, {int(self.n_forward.sum())} edits)"
+            f"PixelSweep({counted(len(weak))}, margin {tuple(self.margin.shape)}, {int(self.success.sum())} fooled by "
+            f"one pixel, {percent(float(weak.mean()))} of pixels enough, {int(self.n_forward.sum())} edits)"
         )
 
     @property
@@ -120,7 +121,9 @@ def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
         got = tuple(colors.shape) if isinstance(colors, Tensor) else type(colors).__name__
         raise ValueError(f"colors must be corners, refined or a float tensor (K, {channels}), got {got}")
     if not bool(((colors >= 0) & (colors <= 1)).all()):
-        raise ValueError("colors must be between 0 and 1, like the images")
+        raise ValueError(
+            f"colors must be between 0 and 1, like the images, got {float(colors.min()):g} to {float(colors.max()):g}"
+        )
     return colors.detach().to(images)
 
 

@@ -73,7 +73,7 @@ def spatial_layers(
         if plain not in every:
             modules = {key for key, _ in classifier.network.named_modules()}
             why = f"{plain} has no feature map" if plain in modules else ""
-            raise ValueError(unknown_choice("layers", name, every, remedy=why))
+            raise ValueError(unknown_choice("layer", name, every, remedy=why))
         if every[plain] in chosen.values():
             raise ValueError(f"layers must name each layer once, got {name!r} twice")
         chosen[name] = every[plain]

@@ -111,8 +111,12 @@ def add_row(table: Table, *cells: str | Text) -> None:
 
 
 def print_table(table: Table, *, whole: bool = False) -> None:
-    """Print a table to standard output: within the terminal's width, or as wide as it is if it is to be whole."""
+    """Print a table to standard output: within the terminal's width, or as wide as it is if it is to be whole.
+
+    A table whose columns may not wrap is always whole, because rich would cut off the ends of its numbers.
+    """
     page = console()
+    whole = whole or all(column.no_wrap for column in table.columns)
     page.width = max(page.width, WHOLE_WIDTH if whole else 0)
     page.print(table)
 

@@ -111,7 +111,11 @@ def evaluate_defense(
     images, labels = _checked(model, defended, substitute, images, labels)
     # Whole gray levels, so that rounding an attacked image to 8 bits never leaves the budget.
     effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
-    with shown(progress, "attacking", total=len(images), counted=False) as report:
+    # Tensors of inference mode have no gradients.
+    with (
+        torch.inference_mode(mode=False),
+        shown(progress, "attacking", total=len(images), counted=False) as report,
+    ):
         sequence = AttackSequence((model, defended), images, labels, effort, report)
         if on_attack is not None:
             sequence.on_attack = lambda rows: on_attack(pd.DataFrame(rows))
@@ -140,7 +144,7 @@ def _checked(
         images = rounded(check_images(images, classifier))
         classes = predict(classifier, images[:1]).shape[1]
         check_classes(labels, len(images), classes)
-        labels = labels.to(images.device, torch.long)
+        labels = labels.to(images.device, torch.long, copy=True)
     for name, network in (("defended", defended), ("substitute", substitute)):
         if network is not None and network is not model:
             _check_network(name, network, images[:1], classes)

@@ -74,7 +74,14 @@ def verdict(table: pd.DataFrame) -> Verdict:
 
     Args:
         table: from `evaluate_defense`, or read from `defense.csv`.
+
+    Raises:
+        ValueError: if it is anything else.
     """
+    import pandas as pd
+
+    if not isinstance(table, pd.DataFrame) or not len(table) or "defended_only" not in table:
+        raise ValueError(f"table must be one that evaluate_defense returned, got {type(table).__name__}")
     rows = table[table["attack"] != AttackRow.ORACLE]
     worst = rows.iloc[-1]
     count = int(worst["images"])

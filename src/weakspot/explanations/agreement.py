@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from weakspot import _random
 from weakspot.attribution.integrated_gradients import MarginDrop, sampled_drop
 from weakspot.classifier import Classifier, check_images
-from weakspot.pairs import Pairs, first_copies
+from weakspot.images import first_copies
+from weakspot.pairs import Pairs
 from weakspot.regions import top
 from weakspot.statistics import (
     OtherImageTest,
@@ -297,8 +298,8 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
 
     relation_p is the largest two-sided p of all tests for one direction; a test that points the other way has p = 1.
     relation_q is the largest expected fraction of false discoveries among the images with this p or a smaller one in
-    that direction (Benjamini and Hochberg over the images, in each direction). relation is 1 (where the network looks)
-    or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN if the reported test has no p.
+    that direction (Benjamini and Hochberg over the images, in each direction), at least p. relation is 1 (where the
+    network looks) or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN if the reported test has no p.
     """
     import pandas as pd
 
@@ -319,6 +320,7 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
     # The direction with the smaller worst p is reported.
     up = worst[1][0] <= worst[-1][0]
     p, q = (torch.where(up, worst[1][k], worst[-1][k]) for k in (0, 1))
+    q = torch.maximum(p, q)  # of few images, halves of p may be corrected to less than p
     direction = torch.where(up, 1.0, -1.0).to(p)
     stated = torch.where((p <= LEVEL) & (q <= LEVEL), direction, 0.0)
     columns = {"relation": stated, "relation_p": p, "relation_q": q}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weakspot.explanations.agreement import every_pairing
 from weakspot.statistics import LEAST_RUN, RunTest, ranks, standardized
-from weakspot.statistics.number_format import counted, p_value
+from weakspot.statistics.number_format import counted, p_value, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,7 +213,8 @@ def control_sentences(result: SsimAlignment) -> dict[str, str]:
         else:
             sentences[name] = (
                 f"Control, {CONTROLS[name].format(result.control_level(name))} ({counted(test.images)}). The attack "
-                f"minus this control: {test.value:+.2f}; with other images' class activations: {test.null:+.2f}{end}"
+                f"minus this control: {signed(test.value)}; with other images' class activations: "
+                f"{signed(test.null)}{end}"
             )
     return sentences
 

@@ -157,6 +157,8 @@ def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
         ValueError: if a name is not registered in the entry-point group "weakspot.analyses".
     """
     available = available_analyses()
+    if isinstance(names, str):
+        raise ValueError(f"analyses must be a list of names, got {names!r} (did you mean [{names!r}]?)")
     for name in names or ():
         if name not in available:
             raise ValueError(unknown_choice("analysis", name, available))
@@ -228,3 +230,36 @@ def check_pairs(pairs: Pairs, model: nn.Module) -> None:
         )
     if not len(pairs):
         raise ValueError("pairs must hold at least one pair, got none")
+
+
+def check_analysis(name: str, analysis: Analysis, count: int) -> Analysis:
+    """The result of an analysis, if it is one.
+
+    Raises:
+        ValueError: if it is not, or has another number of rows than pairs.
+    """
+    if not isinstance(analysis, Analysis) or len(analysis.scores) != count:
+        got = f"{len(analysis.scores)} rows" if isinstance(analysis, Analysis) else type(analysis).__name__
+        raise ValueError(
+            f"analysis {name!r} must return an Analysis with one row for each of {count} pairs, got {got}"
+        )
+    return analysis
+
+
+def with_unique_names(results: Mapping[str, Analysis], base: pd.DataFrame) -> dict[str, Analysis]:
+    """The analyses; a score or map whose name is already taken gets its analysis's name as a prefix."""
+    scores, maps = set(base.columns), {"difference"}
+    unique = {}
+    for prefix, analysis in results.items():
+        columns = {column: f"{prefix}_{column}" for column in analysis.scores if column in scores}
+        taken = {name: f"{prefix}_{name}" for name in analysis.maps if name in maps}
+        unique[prefix] = replace(
+            analysis,
+            scores=analysis.scores.rename(columns=columns),
+            meanings={columns.get(name, name): text for name, text in analysis.meanings.items()},
+            maps={taken.get(name, name): tensor for name, tensor in analysis.maps.items()},
+            pictures={taken.get(name, name): picture for name, picture in analysis.pictures.items()},
+        )
+        scores |= set(unique[prefix].scores.columns)
+        maps |= set(unique[prefix].maps)
+    return unique

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,15 +24,19 @@ from weakspot.explanations.analysis import (
     Picture,
     Series,
     accepted_options,
+    check_analysis,
     check_pairs,
     competing_classes,
     find_analyses,
     find_renderer,
     prepare_pairs,
     shapes,
+    with_unique_names,
 )
+from weakspot.images import first_copies
 from weakspot.logits import margin
-from weakspot.pairs import AttackResult, Pairs, first_copies, row_number
+from weakspot.pairs import AttackResult, Pairs, row_number
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +79,7 @@ class Explanation:
         fooled = int(self.scores["success"].sum())
         return "\n".join(
             [
-                f"Explanation of {len(self)} pairs for {self.model}: {fooled} fool the model",
+                f"Explanation of {counted(len(self), 'pair')} for {self.model}, {fooled} successful",
                 f"  analyses: {', '.join(self.analyses) or 'none'}",
                 f"  scores: {len(self.scores.columns)} columns",
                 f"  maps: {shapes(self.maps)}",
@@ -215,7 +219,7 @@ def explain(
         for number, name in enumerate(sorted(functions, key=lambda name: name != FIRST), 1):
             function, started = functions[name], time.perf_counter()
             analysis = function(classifier, pairs, seed=seed, **accepted_options(function, options))
-            results[name] = _checked(name, analysis, len(pairs))
+            results[name] = check_analysis(name, analysis, len(pairs))
             seconds[name] = time.perf_counter() - started
             if report is not None:
                 report(number / len(functions))
@@ -237,7 +241,7 @@ def _assembled(
     """The explanation of the pairs by these analyses; `competing` (N,) are the classes that the labels compete with."""
     import pandas as pd
 
-    results = _with_unique_names(results, base)
+    results = with_unique_names(results, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))
         for own, other in zip(pairs.labels, competing, strict=True)
@@ -330,31 +334,3 @@ def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -
             "many",
             ModelWarning,
         )
-
-
-def _checked(name: str, analysis: Analysis, count: int) -> Analysis:
-    if not isinstance(analysis, Analysis) or len(analysis.scores) != count:
-        got = f"{len(analysis.scores)} rows" if isinstance(analysis, Analysis) else type(analysis).__name__
-        raise ValueError(
-            f"analysis {name!r} must return an Analysis with one row for each of {count} pairs, got {got}"
-        )
-    return analysis
-
-
-def _with_unique_names(results: Mapping[str, Analysis], base: pd.DataFrame) -> dict[str, Analysis]:
-    """The analyses; a score or map whose name is already taken gets its analysis's name as a prefix."""
-    scores, maps = set(base.columns), {"difference"}
-    unique = {}
-    for prefix, analysis in results.items():
-        columns = {column: f"{prefix}_{column}" for column in analysis.scores if column in scores}
-        taken = {name: f"{prefix}_{name}" for name in analysis.maps if name in maps}
-        unique[prefix] = replace(
-            analysis,
-            scores=analysis.scores.rename(columns=columns),
-            meanings={columns.get(name, name): text for name, text in analysis.meanings.items()},
-            maps={taken.get(name, name): tensor for name, tensor in analysis.maps.items()},
-            pictures={taken.get(name, name): picture for name, picture in analysis.pictures.items()},
-        )
-        scores |= set(unique[prefix].scores.columns)
-        maps |= set(unique[prefix].maps)
-    return unique

@@ -18,6 +18,7 @@ from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
 from weakspot.pairs import Pairs
+from weakspot.statistics.number_format import counted
 
 TILE = 2**17  # values compared at once: their difference stays in the processor's cache
 NOTABLE = 0.1  # fraction of the layer's own peak from which a site counts as reached
@@ -138,7 +139,8 @@ class Propagation:
         first, last = self.layers[0], self.layers[-1]
         spread, reach = (float(values[last].nanmean()) for values in (self.spread, self.reach))
         return (
-            f"Propagation of {len(self.peak[last])} perturbations through {len(self.layers)} layers\n"
+            f"Propagation of {counted(len(self.peak[last]), 'perturbation')} through "
+            f"{counted(len(self.layers), 'layer')}\n"
             f"  {first} {tuple(self.maximum[first].shape[1:])} ... {last} {tuple(self.maximum[last].shape[1:])}\n"
             f"  mean spread in the last layer: {spread:.0%}, mean reach: {reach:.2f}"
         )

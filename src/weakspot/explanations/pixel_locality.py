@@ -23,7 +23,8 @@ from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, RANDOM, ring_score
-from weakspot.pairs import Pairs, first_copies
+from weakspot.images import first_copies
+from weakspot.pairs import Pairs
 from weakspot.statistics import rate_interval
 from weakspot.statistics.number_format import counted, percent
 
@@ -58,7 +59,9 @@ class Locality:
 
     def __repr__(self) -> str:
         count, height, width = self.success.shape
-        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}; rates of fooling:"]
+        lines = [
+            f"Locality of {counted(count, 'one-pixel change')} in images of {height} x {width}; rates of fooling:"
+        ]
         lines += [
             f"  {row['control']} ({counted(row['images'])}): {percent(row['rate'])}"
             for row in self.controls.to_dict("records")

@@ -19,6 +19,7 @@ from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, win
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.explanations.class_evidence import interpretability_test
 from weakspot.pairs import Pairs
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,11 +85,11 @@ class Promotion:
         types = self.scores["perturbation_type"]
         numbers = ", ".join(f"{int((types == name).sum())} {name}" for name in TYPES.values())
         means = ", ".join(
-            f"{name.replace('_', ' ')} {float(self.scores[name].mean()):.2f}"
+            f"{name.replace('_', ' ')} {round(float(self.scores[name].mean()), 2) + 0.0:.2f}"
             for name in ("promoting_fraction", "suppressing_fraction", "active_fraction", "additivity_gap")
         )
         return (
-            f"Promotion of {count} perturbations in {rows} x {columns} cells\n"
+            f"Promotion of {counted(count, 'perturbation')} in {rows} x {columns} cells\n"
             f"  types: {numbers}\n"
             f"  means: {means}"
         )

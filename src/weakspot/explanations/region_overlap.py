@@ -38,6 +38,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, compe
 from weakspot.pairs import Pairs
 from weakspot.similarity import gaussian
 from weakspot.statistics import OtherImageTest, other_image_test
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +109,7 @@ class Overlap:
             f"{int((relation > 0).sum())} where the network looks, {int((relation < 0).sum())} away from it"
         )
         return (
-            f"Overlap of {count} images of {height} x {width}\n"
+            f"Overlap of {counted(count)} of {height} x {width}\n"
             f"  region of importance: {float(self.roi.float().mean()):.0%} of the image, "
             f"region of attack: {float(self.roa.float().mean()):.0%}\n"
             f"  mean effect in the region of importance: {effect:.2f}, mean Jaccard index: {jaccard:.2f}\n"

@@ -20,6 +20,7 @@ from weakspot.classifier import Classifier
 from weakspot.models.identity import fingerprint
 from weakspot.pairs import Pairs
 from weakspot.proofs.allowed_colors import AllowedColors
+from weakspot.statistics.number_format import counted, percent
 
 FORMAT = "weakspot pixel certificate 1"
 AS_RUN = "float32 as run"
@@ -130,11 +131,11 @@ class PixelCertificate:
         asked = int(self.region.sum())
         inside = self.status[self.region[:, 0]]
         fractions = ", ".join(
-            f"{int((inside == status).sum()) / max(1, asked):.1%} {name}"
+            f"{percent(int((inside == status).sum()) / max(1, asked))} {name}"
             for name, status in (("proven", PROVEN), ("refuted", REFUTED), ("unknown", UNKNOWN))
         )
         fractions = fractions if asked else "no pixel in the region"
-        images = f"{count} image{'s' if count > 1 else ''} of {height} x {width}"
+        images = f"{counted(count)} of {height} x {width}"
         return f"PixelCertificate({images}, {self.colors}, {self.statement}: {fractions})"
 
     @property

@@ -15,6 +15,7 @@ from weakspot.proofs.allowed_colors import AllowedColors
 from weakspot.proofs.certificate import FORMAT, STATEMENTS, ColorBoxes, PixelCertificate, digest
 from weakspot.proofs.mask_set import MaskSet
 from weakspot.proofs.two_masks import PATCH_FORMAT, PatchCertificate
+from weakspot.statistics.number_format import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class CertificateFile:
         if not wanted:
             raise self.error("has no images")
         if len(names) not in {0, len(wanted)}:
-            raise self.error(f"names has {len(names)} texts for {len(wanted)} images")
+            raise self.error(f"names has {counted(len(names), 'text')} for {counted(len(wanted))}")
         for number, key in enumerate(wanted):
             if key not in known:
                 name = f" ({names[number]})" if number < len(names) else ""
@@ -132,7 +133,7 @@ class CertificateFile:
             if key not in record:
                 yield f"it has the part {key!r}, which no certificate has"
             elif self.record.get(key) != record[key]:
-                yield f"its {key} is not what weakspot certify writes of its other parts"
+                yield f"its part {key!r} is not what weakspot certify writes of its other parts"
 
     def pixel_certificate(self, images: Tensor) -> PixelCertificate:
         """The certificate of pixels.

@@ -7,6 +7,7 @@ from weakspot._checks import ImageWarning, ModelWarning, check_classes, check_fr
 from weakspot.attribution.cam import class_activation, class_activations
 from weakspot.classifier import check_images, evaluating
 from weakspot.regions.masks import superpixels, top
+from weakspot.statistics.number_format import counted
 
 
 def cam(
@@ -33,8 +34,8 @@ def cam(
     against = int((maps.amax((1, 2, 3)) <= 0).sum())
     if against:
         warn(
-            f"the class activation of {against} of {len(maps)} images is nowhere positive: no region matters most for "
-            "the class there, and the cam region is where the activation is least negative",
+            f"the class activation of {against} of {counted(len(maps))} is nowhere positive: no region matters most "
+            "for the class there, and the cam region is where the activation is least negative",
             ModelWarning,
         )
     return top(maps, fraction)

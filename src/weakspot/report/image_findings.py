@@ -14,7 +14,7 @@ from weakspot.explanations.agreement import WHOLE
 from weakspot.explanations.certified_pixels import certificate_finding
 from weakspot.explanations.weakest_places import square_finding
 from weakspot.report.image_verdict import located, location, perturbation_type
-from weakspot.statistics.number_format import counted, number, percent, tenths
+from weakspot.statistics.number_format import counted, in_levels, number, percent, tenths
 from weakspot.vulnerability.square import at_most
 
 FEW = 0.5  # fraction of the changed cells up to which they are worth a headline
@@ -102,15 +102,6 @@ def findings(row: pd.Series) -> dict[str, tuple[str, list[str]]]:
     found[LOCAL] = _how_local(row)
     found[HELPS] = _what_helps(row)
     return found
-
-
-def in_levels(size: float) -> str:
-    """A change of values in [0, 1] in gray levels of 255.
-
-    >>> in_levels(4 / 255), in_levels(0.0041), in_levels(1.0)
-    ('4/255', '1.05/255', '255/255')
-    """
-    return f"{number(255 * size)}/255"
 
 
 def _squares(correct: pd.DataFrame) -> str:

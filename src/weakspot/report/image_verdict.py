@@ -149,15 +149,21 @@ def _margin_taken(row: pd.Series) -> str:
 
 def _relation(row: pd.Series, subject: str) -> str:
     """Where the effect lies; a direction is stated only if every setting gives the same one (`relation`)."""
-    effect = (
-        f"{percent(row['effect_in_roi'])} of the effect falls on the {percent(row['roi_fraction'])} of the image that "
-        f"matters most for {row['label']}"
-    )
+    share = row["effect_in_roi"]
+    place = f"the {percent(row['roi_fraction'])} of the image that matters most for {row['label']}"
+    effect = f"{percent(share)} of the effect falls on {place}"
+    # The effect has a sign: where the attack raises the margin, it is negative.
+    if share > 1:
+        effect = (
+            f"{place} lost {percent(share)} of what the margin lost in all, because other places raised it"
+        )
+    elif percent(share).startswith("-"):
+        effect = f"{place} raised the margin, by {percent(-share)} of what it lost in all"
     relation = row.get("relation", math.nan)
     if math.isnan(relation):
         return (
-            f"{effect} (no p value: that needs at least {LEAST_OTHERS} other images of the same source, in the batch "
-            "or in --reference FOLDER)"
+            f"{effect[0].upper()}{effect[1:]} (no p value: that needs at least {LEAST_OTHERS} other images of the same "
+            "source whose importance maps show evidence, in the batch or in --reference FOLDER)"
         )
     doubt = (
         f"({percent(row['effect_in_roi_null'])} on the part that matters in other images; "
@@ -166,7 +172,8 @@ def _relation(row: pd.Series, subject: str) -> str:
     if relation > 0:
         return f"{subject} where the network looks: {effect} {doubt}"
     if relation < 0:
-        return f"{subject} away from where the network looks: only {effect} {doubt}"
+        only = "" if effect.startswith("the") else "only "
+        return f"{subject} away from where the network looks: {only}{effect} {doubt}"
     return f"There is no clear relation to where the network looks: {effect} {doubt}"
 
 

@@ -11,7 +11,7 @@ from weakspot.attacks.first_order import cell_numbers
 from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.weakest_places import GRID
-from weakspot.statistics.number_format import number
+from weakspot.statistics.number_format import in_levels, number
 
 # In fractions of the color scale.
 UNIFORM = 0.05  # a map whose colors differ by less looks the same everywhere
@@ -142,8 +142,10 @@ def _ends(sizes: NDArray[np.float32]) -> tuple[float, float]:
     positive = sizes[np.isfinite(sizes) & (sizes > 0)]
     if not positive.size:
         return 1.0, 1 / LEAST_RATIO
-    low = float(positive.min())
-    return max(float(positive.max()), LEAST_RATIO * low), low
+    low, most = float(positive.min()), float(positive.max())
+    # No value can move by more than 1, the whole range, so the scale does not go beyond it either.
+    high = max(most, min(1.0, LEAST_RATIO * low))
+    return high, min(low, high / LEAST_RATIO)
 
 
 def filled(text: str, label: str, target: str) -> str:
@@ -202,7 +204,12 @@ def _uniform(view: MapView) -> str:
         return ""
     if finite.max() <= 0 <= view.low or (view.logarithmic and finite.max() <= 0):
         return f"“{view.title}” is nowhere above 0."
-    low, high = number(float(finite.min())), number(float(finite.max()))
+    if view.logarithmic and finite.min() >= 1:
+        return f"“{view.title}” is the whole range, 255/255, or more everywhere."
+    low, high = (
+        in_levels(float(end)) if view.logarithmic else number(float(end))
+        for end in (finite.min(), finite.max())
+    )
     between = f"{low} everywhere" if low == high else f"between {low} and {high} everywhere"
     return f"“{view.title}” is {between}."
 

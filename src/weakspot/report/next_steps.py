@@ -13,7 +13,8 @@ MOST = 4  # steps shown
 FEW_CELLS = (
     0.25  # of the change: if undoing so much stops most attacks, a defense that finds the place may help
 )
-MODEL_OPTIONS = ("--model", "-m", "--weights", "--mean", "--std", "--classes", "--size", "--device")
+MODEL_OPTIONS = ("--model", "--weights", "--mean", "--std", "--classes", "--size", "--device")
+SHORT = {"-m": "--model", "-b": "--budget"}
 DEFAULT_BUDGET = "linf:4/255"
 
 
@@ -33,14 +34,14 @@ class Step:
 def next_steps(explanation: Explanation) -> list[Step]:
     """What the findings suggest, most specific first; at most `MOST` steps."""
     scores, made, noun = explanation.scores, explanation.made, explanation.noun
-    model = _model_options(made)
+    options = _budget(made) + _model_options(made)
     correct = scores[scores["read_clean_as"] == scores["label"]]
     fooled = correct[correct["success_8bit"]]
     failed = correct[~correct["success"] & ~correct["success_8bit"] & (correct["linf"] > 0)]
     failed = failed[~failed["asked_for_target"]]  # which may have ended in a third class
     steps = []
     if len(fooled) and made.get("region") == "background":
-        steps += _background(_of(len(fooled), len(correct), len(scores), noun), model)
+        steps += _background(_of(len(fooled), len(correct), len(scores), noun), options)
     elif 2 * len(fooled) > len(correct):
         steps.append(
             Step(
@@ -51,12 +52,16 @@ def next_steps(explanation: Explanation) -> list[Step]:
         )
     if len(failed):
         none = f"The attack found no adversarial example for {counted(len(failed), noun)}"
-        steps.append(
-            Step(
-                f"{none}; this does not mean that none exists. Try the ensemble of attacks:",
-                f"weakspot attack photos/ --attack ensemble{_budget(made)}{model} --out runs/ensemble",
-            )
+        stronger = Step(
+            f"{none}; this does not mean that none exists. Try the ensemble of attacks:",
+            f"weakspot attack photos/ --attack ensemble{options} --out runs/ensemble",
         )
+        if made.get("attack", "").startswith("ensemble"):
+            stronger = Step(
+                f"{none}; this does not mean that none exists. Search how much each place must change:",
+                f"weakspot map photos/ --effort verified{options} --out runs/verified",
+            )
+        steps.append(stronger)
     # Of no image at all, the mean is NaN, which is not greater.
     if "necessary_fraction" in fooled and (fooled["necessary_fraction"] <= FEW_CELLS).mean() > 0.5:
         stopped = "the successful attack" if len(fooled) == 1 else "most of the successful attacks"
@@ -64,7 +69,7 @@ def next_steps(explanation: Explanation) -> list[Step]:
             Step(
                 f"Undoing a quarter of the change or less stops {stopped}. Test whether a defense can find the place "
                 "by itself:",
-                f"weakspot defend photos/ --defense neutralize{_budget(made)}{model}",
+                f"weakspot defend photos/ --defense neutralize{options}",
             )
         )
     images = len(set(explanation.images.tolist()))
@@ -73,14 +78,14 @@ def next_steps(explanation: Explanation) -> list[Step]:
         Step(
             f"{few if images < LEAST_REGION else ''}Measure robust accuracy and weak regions on your own "
             f"photographs, at least {LEAST_REGION} of them:",
-            f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
+            f"weakspot audit photos/ --regions none,cam,background --controls{options} --out runs/first",
         )
     )
     if "smallest_square_side" not in scores:
         steps.append(
             Step(
                 "Where each image is weak, whatever this attack did, was not looked for. Map it:",
-                f"weakspot map photos/{_budget(made)}{model} --out runs/map",
+                f"weakspot map photos/{options} --out runs/map",
             )
         )
     untested = "relation" in scores and scores["relation"].isna().all()
@@ -89,13 +94,13 @@ def next_steps(explanation: Explanation) -> list[Step]:
             Step(
                 "To test whether attacks act where the network looks, compare with at least "
                 f"{LEAST_OTHERS} other images of the same source:",
-                f"weakspot explain photos/ --reference other-photos/{_budget(made)}{model} --out runs/compared",
+                f"weakspot explain photos/ --reference other-photos/{options} --out runs/compared",
             )
         )
     return steps[:MOST]
 
 
-def _background(fooled: str, model: str) -> list[Step]:
+def _background(fooled: str, options: str) -> list[Step]:
     return [
         Step(
             f"{fooled} fooled by a change of the background alone. Train on images whose background is "
@@ -104,7 +109,7 @@ def _background(fooled: str, model: str) -> list[Step]:
         ),
         Step(
             "Whether the background is weaker than other places of its size is another question:",
-            f"weakspot audit photos/ --regions background --controls{model} --out runs/background",
+            f"weakspot audit photos/ --regions background --controls{options} --out runs/background",
         ),
     ]
 
@@ -126,25 +131,28 @@ def _words(made: Mapping[str, str]) -> list[str]:
         return []
 
 
-def _model_options(made: Mapping[str, str]) -> str:
-    """The options that describe the model, as they were typed; a placeholder for models made in Python."""
+def _given(made: Mapping[str, str]) -> dict[str, str]:
+    """The options that were typed, by their long names, as far as they are `MODEL_OPTIONS` or the budget."""
     words = _words(made)
-    if not words:
+    options: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        # --option=value is one word, and so is -mvalue; others are two.
+        name, joined, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+        name = SHORT.get(name, name)
+        if name in (*MODEL_OPTIONS, "--budget"):
+            options[name] = value if joined else following  # of several, the last counts
+    return options
+
+
+def _model_options(made: Mapping[str, str]) -> str:
+    """The options that describe the model; a placeholder for models made in Python."""
+    if not _words(made):
         return " --model my_package.models:build"
-    chosen: list[str] = []
-    for place, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name in MODEL_OPTIONS:
-            # --option=value is one word, --option value are two.
-            chosen += [word] if equals else words[place : place + 2]
-    return f" {shlex.join(chosen)}" if chosen else ""
+    words = [word for pair in _given(made).items() if pair[0] in MODEL_OPTIONS for word in pair]
+    return f" {shlex.join(words)}" if words else ""
 
 
 def _budget(made: Mapping[str, str]) -> str:
     """The budget as it was typed, unless it is the default of all commands."""
-    words = _words(made)
-    for option in ("--budget", "-b"):
-        if option in words[:-1]:
-            typed = words[words.index(option) + 1]
-            return "" if typed == DEFAULT_BUDGET else f" --budget {shlex.quote(typed)}"
-    return ""
+    typed = _given(made).get("--budget", DEFAULT_BUDGET)
+    return "" if typed == DEFAULT_BUDGET else f" --budget {shlex.quote(typed)}"

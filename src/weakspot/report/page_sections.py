@@ -13,10 +13,10 @@ from torch import Tensor
 
 from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
-from weakspot.report.image_findings import HELPS, LOCAL, QUESTIONS, WHERE, WHY, findings, in_levels
+from weakspot.report.image_findings import HELPS, LOCAL, QUESTIONS, WHERE, WHY, findings
 from weakspot.report.map_views import MapView, map_views, worth_drawing
 from weakspot.report.rendering import compressed_levels, fragment, picture_url
-from weakspot.statistics.number_format import percent
+from weakspot.statistics.number_format import in_levels, percent
 
 # The question that each analysis answers; those of other packages come last, under a heading of their own.
 ANSWERS = {

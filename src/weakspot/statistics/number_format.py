@@ -74,6 +74,15 @@ def number(value: float) -> str:
     return f"{value:.{digits}g}"
 
 
+def signed(value: float) -> str:
+    """A difference with its sign and two decimals.
+
+    >>> signed(0.128), signed(-0.004), signed(-1.5)
+    ('+0.13', '+0.00', '-1.50')
+    """
+    return f"{round(value, 2) + 0.0:+.2f}"  # adding 0.0 takes the sign from a zero
+
+
 def with_interval(value: float, low: float, high: float) -> str:
     """A fraction with its interval, if there is one.
 
@@ -104,6 +113,15 @@ def size_of_change(size: float, norm: str) -> str:
         return f"{number(size)} in {norm.upper()}"
     steps = round(255 * size, 6)
     return f"{steps:.2g}/255" if steps < 10 else f"{steps:.0f}/255"
+
+
+def in_levels(size: float) -> str:
+    """A change of values in [0, 1] in gray levels of 255.
+
+    >>> in_levels(4 / 255), in_levels(0.0041), in_levels(1.0)
+    ('4/255', '1.05/255', '255/255')
+    """
+    return f"{number(255 * size)}/255"
 
 
 def counted(count: int, noun: str = "image") -> str:
