@@ -781,3 +781,11 @@ def test_a_negative_margin_is_another_class_predicted(case: tuple[Tensor, Tensor
     predicted = logits.argmax(1)
     assert bool((predicted[lead < 0] != labels[lead < 0]).all())
     assert bool((predicted[lead > 0] == labels[lead > 0]).all())
+
+
+def test_weights_of_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    with pytest.raises(ValueError, match=r"must have weights made outside of torch\.inference_mode\(\)"):
+        attacks.pgd(network, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), steps=1)
+    attacks.pgd(copy.deepcopy(network), torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), steps=1)

@@ -350,6 +350,7 @@ def test_probing_changes_neither_model_nor_random_state(odd: Path, monkeypatch: 
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of Odd is zero everywhere for some images")
 @pytest.mark.parametrize(
     ("factory", "sentence"),
     [
@@ -364,8 +365,11 @@ def test_a_model_that_changes_is_remarked(odd: Path, factory: str, sentence: str
     changes = {"regions": ("none", "cam"), "analyses": ("overlap",)} if sentence is None else {}
     run = audit(plan_of(odd, factory, **changes), odd.parent / "found")
     expected = () if sentence is None else (sentence,)
-    assert run.remarks == summarize(run).remarks == expected
-    assert json.loads((run.folder / "run.json").read_text())["remarks"] == list(expected)
+    # Dropout may leave an image without gradients, which is a remark of its own.
+    remarks = [text for text in run.remarks if "is zero everywhere for some images" not in text]
+    assert tuple(remarks) == expected
+    assert summarize(run).remarks == run.remarks
+    assert json.loads((run.folder / "run.json").read_text())["remarks"] == list(run.remarks)
     if sentence is None:
         return
     assert f"{run.name}: {sentence}" in compare(run, run).remarks

@@ -58,9 +58,13 @@ def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> No
     ended = run("dissect", "textures", *TINY, "--out", "two", "-q")
     assert ended.code == 0, ended.err
     assert set(pd.read_csv(tmp_path / "two/concepts/label.csv")["name"]) == {"kind0", "kind1"}
-    ended = run("dissect", "photos", "--masks", "masks", "--names", "names.txt", *TINY, "--out", "one")
-    assert ended.code == 2
-    assert "holds the concepts of an earlier run" in ended.err
+    # The same concepts serve again; other ones are not mixed with them.
+    again = run("dissect", "photos", "--masks", "masks", "--names", "names.txt", *TINY, "--out", "one", "-q")
+    assert again.code == 0, again.err
+    for changed in (("photos", "--masks", "masks"), ("textures",)):
+        ended = run("dissect", *changed, *TINY, "--out", "one")
+        assert ended.code == 2
+        assert "holds the concepts of an earlier run with other images or options" in ended.err
 
 
 def draw(folder: Path, count: int) -> Path:

@@ -173,3 +173,14 @@ def test_quiet_prints_errors_and_nothing_else(run: Run, photographs: Path, tmp_p
         "broken.png: not an image in a known format; skipped"
         in run("attack", photographs, *TINY, "--steps", 1, "--quiet", "--out", "made").err
     )
+
+
+def test_numbers_of_a_table_are_never_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    table = make_table(["accuracy after", "undefended", "95%"], fold=())
+    add_row(table, "transferred from the undefended model", "100%", "36%-99.6%")
+    print_table(table)
+    assert "100%" in (out := capsys.readouterr().out)
+    assert "36%-99.6%" in out

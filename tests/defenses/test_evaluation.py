@@ -17,7 +17,7 @@ import weakspot
 from tests.defenses.planted import BUDGET, Inline, one_hot, planted, reversed_gradient
 from tests.defenses.test_neutralization import fragile
 from tests.defenses.test_randomized import Shaking
-from tests.networks import LinearNetwork, Wrapped, untouched
+from tests.networks import LinearNetwork, PoolingNetwork, Wrapped, untouched
 from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
 from weakspot.defenses import (
@@ -313,3 +313,20 @@ def test_the_embedded_network_on_a_photograph() -> None:
     assert undefended["clean"] == 1
     assert undefended["transferred from the undefended model"] == 0
     assert verdict(table).status == "cannot be judged"  # one image
+
+
+def test_inference_mode_changes_no_result() -> None:
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = PoolingNetwork().eval()
+    labels = network(images).argmax(1)
+    options: dict[str, Any] = {"budget": Linf(1 / 255), "steps": 2, "queries": 4}
+    expected = evaluate_defense(network, network, images, labels, **options)
+    with torch.inference_mode():
+        found = evaluate_defense(network, network, images * 1, labels * 1, **options)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize("table", [5, pd.DataFrame(), pd.DataFrame({"attack": ["pgd"]})])
+def test_a_verdict_needs_the_table_of_an_evaluation(table: Any) -> None:
+    with pytest.raises(ValueError, match="table must be one that evaluate_defense returned, got"):
+        verdict(table)

@@ -90,7 +90,7 @@ def test_one_sentence_over_all_images(rows: list[dict[str, object]], wanted: str
 
 def test_pairs_of_one_image_are_not_called_images() -> None:
     pairs = pd.DataFrame([{**RIGHT, **SQUARE}, {**LOST, **SQUARE}, {**RIGHT, **SQUARE}])
-    assert overview(pairs, np.zeros(3)) == "3 pairs of 1 image: the attack succeeds in 2 pairs."
+    assert overview(pairs, np.zeros(3, dtype=int)) == "3 pairs of 1 image: the attack succeeds in 2 pairs."
     some = pd.DataFrame([{**RIGHT, **SQUARE}, {**RIGHT, **SQUARE}, {**MISREAD, **NO_SQUARE}])
     assert overview(some, np.array([0, 0, 2])) == (
         "3 pairs of 2 images: the attack succeeds in 2 pairs (1 of the 3 has a clean image that is misclassified "

@@ -261,3 +261,25 @@ def test_the_smallest_square_comes_first_and_only_if_one_was_found() -> None:
     said = "An 11 x 11 square, 0.2% of the image, changed by at most 4/255, is enough to turn 'lynx' into 'fox'. "
     assert verdict_for(**square).startswith(f"{said}The attack changed the classification from lynx")
     assert verdict_for(**{**square, "smallest_square_side": NAN}).startswith("The attack changed")
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.61, "61% of the effect falls on the 20% of the image that matters most for lynx"),
+        (1.0, "100% of the effect falls on"),
+        (2.18, "lost 218% of what the margin lost in all, because other places raised it"),
+        (
+            -0.32,
+            "the 20% of the image that matters most for lynx raised the margin, by 32% of what it lost in all",
+        ),
+    ],
+)
+def test_a_share_of_an_effect_with_a_sign_is_no_part_of_a_whole(share: float, words: str) -> None:
+    for relation in (1.0, 0.0, -1.0):
+        said = verdict_for(effect_in_roi=share, relation=relation)
+        assert words in said
+        assert ("falls on" in said) == (0 <= share <= 1)
+    alone = verdict_for(effect_in_roi=share, relation=float("nan"))
+    assert words[1:] in alone
+    assert "matters most for lynx" in alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import cycle
 
@@ -184,3 +185,12 @@ def test_for_many_images_the_interval_is_students() -> None:
     np.testing.assert_allclose(
         mean_interval(below)[1:], [below.mean() - half, below.mean() + half], rtol=0.02
     )
+
+
+def test_an_infinite_value_has_no_part_in_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=59)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (interval,) = mean_intervals(np.append(values, np.inf)[:, None])
+    np.testing.assert_allclose(interval, mean_intervals(np.append(values, np.nan)[:, None])[0])
+    assert np.isfinite(interval).all()

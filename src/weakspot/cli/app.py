@@ -186,9 +186,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         extra = next(
             (name for name, (_, uses) in EXTRAS.items() if function.__name__ in uses.split(", ")), None
         )
+        paragraphs += [f"Needs an extra: pip install 'weakspot[{extra}]'."] if extra else []
         # Escaped, because help is the one text that typer prints as markup.
-        paragraphs += [escape(f"Needs an extra: pip install 'weakspot[{extra}]'.")] if extra else []
-        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        text = "\n\n".join(escape(" ".join(paragraph.split())) for paragraph in paragraphs)
         epilog = "\n\n".join(
             ["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples]
         )

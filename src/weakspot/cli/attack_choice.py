@@ -34,6 +34,7 @@ from weakspot.cli.options import (
 from weakspot.cli.output import MOST_ROWS
 from weakspot.cli.session import Images, Session
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
+from weakspot.images import first_copies
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.regions.masks import UnreadableError
@@ -139,6 +140,15 @@ def find_labels(text: str | None, session: Session, images: Images) -> Labels:
             )
     # Only now, because folders stand for classes in the order of all of them.
     return Labels(images, torch.tensor(labels, device=logits.device), logits, source).subset(finite)
+
+
+def distinct_rows(images: Images) -> list[int]:
+    """The rows of images that are no copies of an earlier one, for statistics; a note counts the copies."""
+    rows = sorted(set(first_copies(images.pixels).tolist()))
+    if copies := len(images.names) - len(rows):
+        verb = "is a copy" if copies == 1 else "are copies"
+        note(f"{counted(copies)} {verb} of another: each image counts once")
+    return rows
 
 
 def find_aim(session: Session, images: Images, options: AimOptions) -> tuple[Aim, str]:

@@ -12,6 +12,7 @@ from weakspot.attacks import pgd
 from weakspot.budgets import Budget
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.cli.app import Failure
+from weakspot.cli.attack_choice import distinct_rows
 from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
 from weakspot.cli.output import json_rows
 from weakspot.cli.session import Session
@@ -102,7 +103,8 @@ def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
 
 def read_attacked(session: Session, options: UnitAttackOptions, mask: int | list[int] | None) -> Tensor:
     """The images (N, C, H, W) of --images."""
-    images = session.read_images(options.images or []).pixels
+    read = session.read_images(options.images or [])
+    images = read.pixels[distinct_rows(read)]
     fewest = 2 * FEWEST if isinstance(mask, int) else FEWEST
     if len(images) < fewest:
         raise Failure(f"--images must hold at least {fewest} images, got {len(images)}")

@@ -280,6 +280,8 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: st
     if summary.images:
         unknown = math.isnan(summary.clean_accuracy)
         clean = "unknown: no image has a prediction" if unknown else percent(summary.clean_accuracy)
+        if not unknown and summary.known < summary.images:
+            clean += f" of {counted(summary.known)} with a result ({summary.images:,} were read)"
         print_text(f"Clean accuracy is {clean}. Labels: {summary.labels}.\n")
     failed = any(cell.errors for cell in summary.cells)
     headings = [
@@ -306,6 +308,10 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: st
     print_table(table, whole=every)
     if more:
         print_text(f"... and {more} more (show them with --all)", style="dim")
+    if failed:
+        query = "select image, min(error) as error from outcomes where error is not null group by image order by image"
+        for image, error in run.sql(query).fetchall()[:SHOWN]:
+            print_text(f"failed {image}: {error}", style="dim")
     skipped = run.skipped
     for _, row in skipped.head(SHOWN).iterrows():
         print_text(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}", style="dim")

@@ -18,7 +18,7 @@ from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images
 from weakspot.cli.app import INTERRUPTED, Failure, command, note
-from weakspot.cli.attack_choice import find_labels
+from weakspot.cli.attack_choice import distinct_rows, find_labels
 from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.options import (
     ATTACK,
@@ -150,6 +150,7 @@ def defend(
         read = replace(read, pixels=rounded(read.pixels))
         # Before --limit, so that a table must list every image whatever the limit.
         labeled = find_labels(labels, session, read)
+        labeled = labeled.subset(distinct_rows(labeled.images))
         random = is_random(defended, check_images(labeled.images.pixels, classifier), seed=seed)
         if not random:
             refuse(context, ["draws"], f"with {defense}, which is not random")

@@ -1,5 +1,6 @@
 """`weakspot dissect`: which concepts the units of a network detect, and which units an attack moves."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from weakspot.dissection import Dissection, build_concepts, demo_concepts, disse
 from weakspot.dissection.unit_examples import show_units
 from weakspot.statistics.number_format import counted
 
+SOURCE = "source.json"  # what the concepts of a folder were built from
 FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose images are shown
 QUICK_LABELED = 100  # labeled images of a trial
@@ -264,9 +266,13 @@ def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, opti
     if (dataset / "index.csv").is_file() and options.masks is None:
         return dataset
     folder = out / "concepts"
+    source = _source_of(dataset, options)
     if (folder / "index.csv").is_file():
+        if (folder / SOURCE).is_file() and (folder / SOURCE).read_text("utf-8") == source:
+            return folder
         raise Failure(
-            f"{folder} holds the concepts of an earlier run (give another --out, or {folder} itself)"
+            f"{folder} holds the concepts of an earlier run with other images or options (give another --out, or "
+            f"{folder} itself)"
         )
     try:
         void = [int(value) for value in options.void.split(",")] if options.void else []
@@ -274,7 +280,19 @@ def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, opti
         raise Failure(
             f"--void must be integers separated by commas such as 0,255, got {options.void!r}"
         ) from None
-    return build_concepts(dataset, folder, masks=options.masks, names=options.names, void=void)
+    built = build_concepts(dataset, folder, masks=options.masks, names=options.names, void=void)
+    write_atomic(folder / SOURCE, lambda draft: draft.write_text(source, "utf-8"))
+    return built
+
+
+def _source_of(dataset: Path, options: ConceptOptions) -> str:
+    """What concepts are built from, as JSON: the files with their sizes and times, and the options."""
+    folders = [folder for folder in (dataset, options.masks) if folder is not None]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps(
+        {"files": facts, "names": str(options.names), "void": options.void, "masks": str(options.masks)}
+    )
 
 
 def _last_layers(classifier: Classifier) -> list[str]:

@@ -48,7 +48,7 @@ def reproduce(
         Path | None,
         option(
             "FOLDER",
-            "Images: a folder of MNIST or CIFAR files, of one folder per class, or of any photographs.",
+            "Images: a folder of MNIST or CIFAR files, of test/CLASS/ folders with images, or of any photographs.",
             default="four sample photographs",
         ),
     ] = None,

@@ -194,7 +194,7 @@ def _paired_p(differences: NDArray[np.floating], alternative: str, least: float)
         return np.ones(differences.shape[1])
     mean = differences.mean(0)
     # The same difference in every pair has no t. It is as certain as `least` allows, or nothing if it is zero.
-    constant = np.ptp(differences, 0) == 0
+    constant = np.ptp(differences, 0) <= ROUNDING * np.abs(differences).max(0)
     beyond = mean > 0 if alternative == "greater" else mean != 0
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.asarray(ttest_1samp(differences, 0, alternative=alternative).pvalue)

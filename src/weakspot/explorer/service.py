@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weakspot.explorer.gallery_desk import RecordDesk
 
 TRIED = 50  # ports after the one that is asked for
+LAST = 65535  # the largest port
 GRACE = 1  # seconds that open connections have when the service ends
 
 
@@ -35,11 +36,13 @@ def open_port(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: if the host is not of this machine, or no port is free.
     """
+    if not 0 <= port <= LAST:
+        raise ValueError(f"port must be from 0 to {LAST}, got {port}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise ValueError(f"host must be a name or an address of this machine, got {host!r}") from None
-    for candidate in range(port, min(port + TRIED, 65536)):
+    for candidate in range(port, min(port + TRIED, LAST + 1)):
         # asyncio sends small answers at once (TCP_NODELAY) only on sockets that name their protocol; on others the
         # body of an answer waits 40 ms for the acknowledgment of its head.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -55,7 +58,7 @@ def open_port(host: str, port: int) -> socket.socket:
                 raise ValueError(f"host must be an address of this machine, got {host!r}") from None
         else:
             return listener
-    raise ValueError(f"no port between {port} and {port + TRIED - 1} is free (give another --port)")
+    raise ValueError(f"no port from {port} to {min(LAST, port + TRIED - 1)} is free (give another --port)")
 
 
 @dataclass(eq=False)

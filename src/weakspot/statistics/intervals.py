@@ -123,6 +123,7 @@ def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.fl
         (columns, 3): mean, low and high.
     """
     table: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    table = np.where(np.isfinite(table), table, np.nan)  # an infinite value has no part in a mean
     intervals = np.full((table.shape[1], 3), np.nan)
     general = []  # columns that are not proportions
     for number, column in enumerate(table.T):

@@ -232,8 +232,9 @@ class Donors:
     ) -> tuple[list[Tensor], list[str]]:
         """The regions of the first `count` donors of one image; fewer if there are not enough.
 
-        Skipped are images that cannot be read, for which the region cannot be made, that equal the image itself, or
-        whose region differs in area by more than a tenth. Their regions are used as they are, never resized.
+        Skipped are images that cannot be read, for which the region cannot be made, that equal the image itself or an
+        earlier donor, or whose region differs in area by more than a tenth. Their regions are used as they are, never
+        resized.
 
         Args:
             text: of the region.
@@ -248,13 +249,15 @@ class Donors:
         area = int(own.sum())
         regions: list[Tensor] = []
         missing: list[str] = []
+        seen = {content}
         # Donors are tried in an order that depends on the image's content, so that equal images get equal controls.
         for index in self._order(content):
             if len(regions) == count:
                 break
             donor = self._donor(text, make, index, missing)
-            if donor is None or donor[0] == content:
+            if donor is None or donor[0] in seen:
                 continue
+            seen.add(donor[0])
             # Masks are remembered as bits: one eighth of the memory.
             mask = np.unpackbits(donor[1], count=own.numel()).reshape(tuple(own.shape)).astype(bool)
             if abs(int(mask.sum()) - area) <= AREA * area:

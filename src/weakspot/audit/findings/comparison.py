@@ -59,9 +59,9 @@ class Comparison:
         if robust.empty and self.table["attack"].ne("").any():
             return "No attack that both runs contain has a robust accuracy: see the other scores."
         if robust.empty:
-            return "The runs have no attack and region in common: there is nothing to compare."
+            return "The runs have no attack and region in common: robust accuracy cannot be compared."
         if not robust["images"].any():
-            return "No image has a known attack outcome in both runs: there is nothing to compare."
+            return "No image has a known attack outcome in both runs: robust accuracy cannot be compared."
         moved = self.moved[self.moved["score"] == ROBUST]
         if moved.empty:
             tested = robust[robust["images"] > 0]
@@ -171,7 +171,7 @@ def _differences(pairs: pd.DataFrame, scores: Sequence[str], attack: str, region
     means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
     for place in range(len(scores)):
         moved = changes[known[:, place], place]
-        if len(moved) and np.isin(moved, (-1, 0, 1)).all():
+        if len(moved) and all(np.isin(side[known[:, place], place], (0, 1)).all() for side in sides):
             # Yes/no scores: unlike the bootstrap, this interval exists even if every image changed alike.
             intervals[place] = paired_proportion_interval(moved == 1, moved == -1)
     return pd.DataFrame(
@@ -188,7 +188,7 @@ def _matched_images(before: Run, after: Run) -> pd.DataFrame:
     # An image has a row for every attack and region, all with the same label and clean prediction.
     query = (
         "select content, any_value(index) as index, any_value(image) as image, any_value(correct) as correct, "
-        "any_value(label) as label from records group by content, index order by index"
+        "any_value(label) as label from outcomes group by content, index order by index"
     )
     images = _matched(before.sql(query).df(), after.sql(query).df())
     return images.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
@@ -205,9 +205,8 @@ def _cell(run: Run, attack: str, region: str, scores: Sequence[str]) -> pd.DataF
 
 
 def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join by content; several copies of one image are matched in order."""
-    before, after = (frame.assign(copy=frame.groupby("content").cumcount()) for frame in (before, after))
-    return before.merge(after, on=["content", "copy"], suffixes=("", "_after"), validate="one_to_one")
+    """Join by content, of which each frame has one row."""
+    return before.merge(after, on="content", suffixes=("", "_after"), validate="one_to_one")
 
 
 def shared_parts(before: Run, after: Run) -> Shared:

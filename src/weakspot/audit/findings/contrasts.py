@@ -45,7 +45,7 @@ class Contrast(NamedTuple):
         attack: the attack's label.
         region: the region's text.
         control: "other images" or "shifted".
-        draws: controls of this kind per image.
+        draws: controls of this kind per image, at most.
         region_fraction: mean area of the region, as a fraction of the image.
         control_fraction: the same for the controls.
         images: images that were compared.
@@ -142,11 +142,13 @@ def read_compared(run: Run, compared: Compared) -> tuple[Outcomes, float | None]
 
 def contrast(compared: Compared, outcomes: Outcomes, largest: float | None) -> Contrast:
     """The contrast of outcomes as `read_compared` returns them, or of those of one class."""
-    attack, norm, region, control, texts = compared
+    attack, norm, region, control, _ = compared
     images, values = _fooled(outcomes) if largest is None else _smallest_sizes(outcomes, largest)
     fractions = _mean(outcomes.fractions), _mean(_row_means(outcomes.control_fractions))
     measure = FOOLED if norm is None else SMALLEST
-    return Contrast(attack, region, control, len(texts), *fractions, images, measure, norm or "", *values)
+    # There may be fewer other images than the plan wants.
+    draws = int(np.isfinite(outcomes.control_fooled).sum(1).max(initial=0))
+    return Contrast(attack, region, control, draws, *fractions, images, measure, norm or "", *values)
 
 
 def _fooled(outcomes: Outcomes) -> tuple[int, tuple[float, ...]]:

@@ -151,7 +151,7 @@ def class_distributions(run: Run) -> Classes:
     attack, region = run.plan.reported_cells[0]
     one_cell = f"attack = {quoted(attack.label)} and region = {quoted(region)}"  # every image once
     classes = run.sql(
-        "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
+        "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from outcomes "
         f"where {one_cell} and label is not null group by label order by images desc, label limit {MAX_CLASSES}"
     ).df()
     classes["name"] = classes["name"].fillna(classes["label"].astype(str))

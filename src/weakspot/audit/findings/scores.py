@@ -198,7 +198,7 @@ def score_findings(run: Run) -> pd.DataFrame:
         cell = read_cell(run, attack.label, region, columns).astype("float64")
         means = mean_intervals(cell[names].to_numpy(float))
         for name, interval in zip(names, means, strict=True):
-            finding = Finding(attack.label, region, name, int(cell[name].notna().sum()), *interval)
+            finding = Finding(attack.label, region, name, int(np.isfinite(cell[name]).sum()), *interval)
             if region == WHOLE_IMAGE:  # other regions are not tested
                 if (attack.label, name) in locations:
                     location = locations[attack.label, name]
@@ -239,7 +239,7 @@ def perturbation_types(run: Run) -> pd.DataFrame:
         if the run has no types.
     """
     rows = []
-    for attack, region in run.plan.cells if TYPE in recorded_columns(run) else ():
+    for attack, region in run.plan.reported_cells if TYPE in recorded_columns(run) else ():
         cell = read_cell(run, attack.label, region, [TYPE, "correct", "fooled"])
         fooled, _ = _fooled_and_failed(cell)
         types = cell.loc[fooled & cell[TYPE].notna().to_numpy(), TYPE]
@@ -256,7 +256,7 @@ def pixel_localities(run: Run) -> pd.DataFrame:
         Columns attack, region and those of `locality_table`. No rows if the run has no one-pixel pairs.
     """
     tables = []
-    for attack, region in run.plan.cells if RANDOM in recorded_columns(run) else ():
+    for attack, region in run.plan.reported_cells if RANDOM in recorded_columns(run) else ():
         cell = read_cell(run, attack.label, region, [*MEANINGS, "correct", "fooled"])
         if cell[RANDOM].notna().any():
             table = locality_table(cell[list(MEANINGS)].astype("float64"), *_fooled_and_failed(cell))

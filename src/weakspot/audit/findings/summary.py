@@ -36,7 +36,8 @@ class Summary:
 
     Attributes:
         cells: robust accuracy of every attack in every region.
-        images: how many images could be read.
+        images: how many images could be read, copies not counted.
+        known: for how many of these the model has a clean prediction.
         clean_accuracy: fraction of them that the model classifies as their label without an attack.
         labels: where the labels come from, in words.
         weakest: one sentence: how many images withstand the strongest attack, by region.
@@ -46,6 +47,7 @@ class Summary:
 
     cells: tuple[CellSummary, ...]
     images: int
+    known: int
     clean_accuracy: float
     labels: str
     weakest: str
@@ -80,8 +82,9 @@ def _json_value(value: object) -> object:
 def summarize(run: Run) -> Summary:
     """Summarize a run, complete or not; reads only the columns that it needs."""
     cells = cell_summaries(run)
-    images, clean = run.sql(
-        "select count(*), avg(correct::int) from (select any_value(correct) as correct from records group by index)"
+    images, known, clean = run.sql(
+        "select count(*), count(correct), avg(correct::int) from "
+        "(select any_value(correct) as correct from outcomes group by index)"
     ).fetchall()[0]
     counts = run.info.labels
     # A run over several folders or arrays can have several sources of labels.
@@ -89,6 +92,7 @@ def summarize(run: Run) -> Summary:
     return Summary(
         cells=tuple(cells),
         images=images,
+        known=known,
         clean_accuracy=np.nan if clean is None else float(clean),
         labels=LABEL_SOURCES[next(iter(counts))] if len(counts) == 1 else ", ".join(sources),
         weakest=strongest_attack_sentence(cells, np.nan if clean is None else float(clean)),
@@ -136,7 +140,7 @@ def unknown_cases(run: Run, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame
         (description of the case, table) pairs.
     """
     total, clean = run.sql(
-        "select count(distinct index), count(distinct index) filter (correct is not null) from records"
+        "select count(distinct index), count(distinct index) filter (correct is not null) from outcomes"
     ).fetchall()[0]
     cases = []
     for robust, case in (

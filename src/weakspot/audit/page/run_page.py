@@ -244,7 +244,8 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
-            f"{counted(errors, 'attack')} failed with an error; the column error of the records names it."
+            f"{counted(errors, 'attack')} failed with an error; the column error of the records names "
+            f"{'it' if errors == 1 else 'them'}."
         )
     if skipped:
         sentences.append(f"Skipped: {_reasons(run)}.")
@@ -275,7 +276,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         (f"{summary.images:,}", f"{noun} attacked" if known else f"{noun} read, none with a known outcome")
     ]
     if not math.isnan(summary.clean_accuracy):
-        facts.append((percent(summary.clean_accuracy), "correctly classified without an attack"))
+        which = f" (of {counted(summary.known)} with a result)" if summary.known < summary.images else ""
+        facts.append((percent(summary.clean_accuracy), f"correctly classified without an attack{which}"))
     if judged:
         worst = min(judged, key=lambda cell: cell.robust_accuracy)
         accuracy = with_interval(worst.robust_accuracy, worst.low, worst.high)

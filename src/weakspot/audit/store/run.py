@@ -120,8 +120,22 @@ class Run:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader must know about the model and earlier sessions, in sentences."""
-        return self.info.remarks
+        """What a reader must know about the model, the images and earlier sessions, in sentences."""
+        copies = (
+            f"{counted(self.copies, 'image')} {'is a copy' if self.copies == 1 else 'are copies'} of another"
+        )
+        found = (f"{copies}; all findings count each image once.",) if self.copies else ()
+        return (*self.info.remarks, *found)
+
+    @property
+    def copies(self) -> int:
+        """How many of the audited images are copies of an earlier one."""
+        if not self.has_records:
+            return 0
+        query = (
+            "select count(distinct index) - count(distinct content) from records where content is not null"
+        )
+        return int(self.sql(query).fetchall()[0][0])
 
     @property
     def plan(self) -> Plan:
@@ -158,7 +172,8 @@ class Run:
     def sql(self, query: str, **values: object) -> duckdb.DuckDBPyRelation:
         """Run a DuckDB query on the tables records, outcomes, skipped and images; `.df()` makes a DataFrame.
 
-        outcomes are the records with the columns fooled and robust (see `outcomes_query`). A query reads nothing but
+        outcomes are the records with the columns fooled and robust (see `outcomes_query`), without copies of earlier
+        images. A query reads nothing but
         these tables: no files, no network, no extensions. `SQL_MEMORY` and `SQL_SECONDS` bound it; `connect` has no
         such limits.
 
