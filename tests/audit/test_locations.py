@@ -71,7 +71,7 @@ def test_attacks_beside_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.
         "There is not enough evidence that pgd on the whole image acts more, or less, where the network looks"
         in sentences(run)
     )
-    assert LOOKS not in run_report(run)
+    assert LOOKS not in sentences(run)
 
 
 def test_the_tests_equal_those_on_the_stored_maps(looked: Run) -> None:

@@ -122,6 +122,7 @@ def test_a_missing_image_does_not_affect_its_shard(whole: Run, pictures: Path) -
     same_maps(whole, again)
 
 
+@pytest.mark.slow
 def test_rows_of_a_missing_array_are_missing(networks: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 24, 24, 3), dtype=np.uint8)
     for name in ("set.npz", "set.npy"):

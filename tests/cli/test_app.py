@@ -349,6 +349,7 @@ def test_an_extra_is_missing_only_if_its_own_module_is(
     )
 
 
+@pytest.mark.slow
 def test_the_doctor_names_what_does_not_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def result() -> tuple[int, str]:
         ended = run("doctor", "--json")

@@ -61,7 +61,7 @@ def test_attack_without_quick_takes_all_images_and_says_nothing_of_it(run: Run, 
 
 
 def test_map_takes_fewer_images(run: Run, folder: Path, tmp_path: Path) -> None:
-    ended = run("map", folder, *TINY, "--grid", 2, "--quick", "--out", "made")
+    ended = run("map", folder, *TINY, "--size", "32x32", "--grid", 2, "--quick", "--out", "made")
     assert ended.code == 0, ended.err
     assert f"{SAID}, which shows" in ended.out
     assert len(pd.read_csv(tmp_path / "made/scores.csv")) == 16
