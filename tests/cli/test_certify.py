@@ -49,7 +49,7 @@ def test_the_planted_pixel_alone_is_refuted(
     lines = ended.out.splitlines()
     assert lines[0] == (
         "Of 256 pixels in 4 correctly classified images, each alone in any 8-bit color: 252 proven (float32 as run), 4 "
-        "refuted, 0 unknown; a color that turns the image was found in 4 images."
+        "refuted, 0 unknown; a color that changes the class was found in 4 images."
     )
     for name in NAMES:
         assert (

@@ -80,7 +80,7 @@ def test_nothing_is_said_of_pixels_outside_the_region_or_of_a_misclassified_imag
     assert pixel_sentence(inside, 0, 0, NAMES).startswith("At 1 pixel of the region, no color turns 'cat'")
     assert pixels_summary(inside, [True]) == (
         "Of 1 pixel of the region in 1 correctly classified image, each alone in any color: 1 proven (float32 as run), "
-        "0 refuted, 0 unknown; a color that turns the image was found in 0 images."
+        "0 refuted, 0 unknown; a color that changes the class was found in 0 images."
     )
     assert pixel_sentence(replace(made, region=region & False), 0, 0) == "The region holds no pixel."
     wrong = pixel_sentence(made, 0, 1, NAMES)
@@ -95,7 +95,7 @@ def test_what_is_unknown_or_was_not_asked_is_not_denied() -> None:
     made = certificate([[0, 0]], colors=NEAR, reasons=("the time was up",))
     assert pixels_summary(made, [True]) == (
         "Of 2 pixels in 1 correctly classified image, each alone in any 8-bit color within 8/255 of the pixel's own: 0 "
-        "proven (float32 as run), 0 refuted, 2 unknown; a color that turns the image was found in 0 images."
+        "proven (float32 as run), 0 refuted, 2 unknown; a color that changes the class was found in 0 images."
     )
 
 

@@ -91,7 +91,7 @@ def pixels_summary(certificate: PixelCertificate, correct: Sequence[bool]) -> st
     return (
         f"Of {counted(total, 'pixel')}{part} in {counted(len(rows), 'correctly classified image')}, each alone in any "
         f"{color_words(certificate.colors)}: {proven:,} proven ({certificate.statement}), {refuted:,} refuted, "
-        f"{unknown:,} unknown; a color that turns the image was found in {counted(weak)}."
+        f"{unknown:,} unknown; a color that changes the class was found in {counted(weak)}."
     )
 
 
