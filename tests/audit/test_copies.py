@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.audit.fixtures import draw_pictures, networks, small_plan
-from weakspot.audit import AttackPlan, Run, audit
+from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
+from weakspot.audit import AttackPlan, Run, audit, open_run
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.outcomes import cell_summaries
@@ -76,3 +76,12 @@ def test_first_copies_numbers_equal_images_alike() -> None:
     images = torch.rand(3, 3, 4, 4)
     numbers = first_copies(torch.cat([images, images[1:2]]), images[[2, 0]])
     np.testing.assert_array_equal(numbers, [0, 1, 2, 1, 2, 0])
+
+
+def test_images_of_unknown_content_are_no_copies(runs: tuple[Run, Run]) -> None:
+    plain = runs[0]
+    records = plain.records.assign(content=None)
+    store_records(plain.folder, records.astype({"content": "string"}))
+    again = open_run(plain.folder)
+    assert again.copies == 0
+    assert summarize(again).images == 6

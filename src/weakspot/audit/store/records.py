@@ -267,7 +267,7 @@ def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
     robust = f"case attack {' '.join(cases)} else not {fooled} end" if cases else f"not {fooled}"
     first = 'select min("index") from records group by content'
     columns = f"*, {fooled} as fooled, ({robust})::boolean as robust"
-    return f'select {columns} from records where "index" in ({first})'  # noqa: S608 - ours
+    return f'select {columns} from records where content is null or "index" in ({first})'  # noqa: S608 - ours
 
 
 def _within(limit: Limit | None, fooled: str) -> str:
