@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from weakspot._checks import ImageWarning
-from weakspot.images import read_images, sample_images
+from weakspot.images import first_copies, read_images, sample_images
 
 Bytes = NDArray[np.uint8]
 
@@ -652,3 +652,9 @@ def test_the_sample_photographs_come_in_any_size_and_are_four_different_pictures
     assert 0 <= float(images.min()) < float(images.max()) <= 1
     assert all(float(image.std()) > 0.1 for image in images)
     assert len({image.numpy().tobytes() for image in images}) == 4
+
+
+def test_copies_are_found_in_every_type_of_tensor() -> None:
+    images = torch.rand(2, 3, 2, 2)
+    for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert first_copies(images.to(kind), images[1:].to(kind)).tolist() == [0, 1, 1]

@@ -143,6 +143,11 @@ class Classifier(nn.Module):
             with contain_exits(self.name):
                 output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
+            if "Inference tensors" in str(error):
+                raise ValueError(
+                    f"{self.name} must be made outside of torch.inference_mode() to have gradients, got tensors made "
+                    "inside (copy it with copy.deepcopy outside)"
+                ) from error
             if images.shape[1] != self.channels:
                 raise ValueError(
                     f"images must have {counted(self.channels, 'channel')} for {self.name}, got {images.shape[1]}"
@@ -218,11 +223,6 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
         classifier = as_classifier(model)
     if classifier.mean.is_meta:
         raise ValueError(f"{classifier.name} must have weights, got meta tensors (load its weights first)")
-    if any(parameter.is_inference() for parameter in classifier.parameters()):
-        raise ValueError(
-            f"{classifier.name} must have weights made outside of torch.inference_mode(), got some made inside (copy "
-            "it with copy.deepcopy outside)"
-        )
     with (
         EvalMode(classifier) as mode,
         preserve_random_state(classifier.mean.device),

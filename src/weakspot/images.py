@@ -147,7 +147,8 @@ def first_copies(*batches: Tensor) -> NDArray[np.int_]:
     [0, 1, 0, 1]
     """
     first: dict[bytes, int] = {}
-    rows = (row for batch in batches for row in batch.detach().cpu().numpy())
+    # As bytes, because NumPy does not know all types of torch.
+    rows = (row for batch in batches for row in batch.detach().cpu().contiguous().view(torch.uint8).numpy())
     numbers = [
         first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number) for number, row in enumerate(rows)
     ]

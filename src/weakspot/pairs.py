@@ -56,7 +56,7 @@ class Pairs:
 
     def __post_init__(self) -> None:
         both = {"clean": self.clean, "adversarial": self.adversarial}
-        empty = all(getattr(images, "ndim", 0) == 4 and not len(images) for images in both.values())
+        empty = all(isinstance(each, Tensor) and each.ndim == 4 and not len(each) for each in both.values())
         for name, images in both.items() if not empty else ():
             check_batch(images, name=name)
         _check_same_shape(self.clean, self.adversarial)

@@ -56,7 +56,8 @@ def test_every_finding_counts_each_image_once(runs: tuple[Run, Run]) -> None:
     assert contrasts["draws"].max() <= 5
     assert compare(plain, doubled).images == compare(doubled, plain).images == 6
     remark = "40 images are copies of another; all findings count each image once."
-    assert (plain.remarks, doubled.remarks) == ((), (remark,))
+    assert (summarize(plain).remarks, summarize(doubled).remarks) == ((), (remark,))
+    assert (plain.copies, doubled.copies) == (0, 40)
     assert remark in run_report(doubled)
 
 
@@ -85,3 +86,20 @@ def test_images_of_unknown_content_are_no_copies(runs: tuple[Run, Run]) -> None:
     again = open_run(plain.folder)
     assert again.copies == 0
     assert summarize(again).images == 6
+
+
+def test_a_picture_under_two_labels_keeps_both(networks: Path) -> None:
+    pictures = draw_pictures(networks / "pictures", 4)
+    for path in sorted(pictures.rglob("*.png")):
+        for name in ("cat", "dog"):
+            target = networks / "both" / name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    plan = small_plan(
+        networks / "both", labels="folders", attacks=(AttackPlan("fgsm"),), maps=False, analyses=()
+    )
+    run = audit(plan, networks / "run")
+    summary = summarize(run)
+    assert (summary.images, run.copies) == (8, 0)
+    assert summary.clean_accuracy <= 0.5  # no picture is of both classes
+    assert compare(run, run).images == 8

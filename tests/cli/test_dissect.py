@@ -61,7 +61,9 @@ def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> No
     # The same concepts serve again; other ones are not mixed with them.
     again = run("dissect", "photos", "--masks", "masks", "--names", "names.txt", *TINY, "--out", "one", "-q")
     assert again.code == 0, again.err
-    for changed in (("photos", "--masks", "masks"), ("textures",)):
+    (tmp_path / "names.txt").write_text("under\nover\n")
+    named = ("photos", "--masks", "masks", "--names", "names.txt")
+    for changed in (named, ("photos", "--masks", "masks"), ("textures",)):
         ended = run("dissect", *changed, *TINY, "--out", "one")
         assert ended.code == 2
         assert "holds the concepts of an earlier run with other images or options" in ended.err

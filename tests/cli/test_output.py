@@ -175,11 +175,12 @@ def test_quiet_prints_errors_and_nothing_else(run: Run, photographs: Path, tmp_p
     )
 
 
+@pytest.mark.parametrize("fold", [(), ("accuracy after",)])
 def test_numbers_of_a_table_are_never_cut_off(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fold: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    table = make_table(["accuracy after", "undefended", "95%"], fold=())
+    table = make_table(["accuracy after", "undefended", "95%"], fold=fold)
     add_row(table, "transferred from the undefended model", "100%", "36%-99.6%")
     print_table(table)
     assert "100%" in (out := capsys.readouterr().out)

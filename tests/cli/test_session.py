@@ -67,6 +67,15 @@ def test_an_image_without_finite_logits_is_named_and_skipped(
     assert alone.err.count("Dark returned NaN or infinity for every image") == 1
 
 
+def test_a_reference_image_without_finite_logits_is_named_and_skipped(run: Run, photographs: Path) -> None:
+    Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(photographs / "bright.png")
+    dark = ("--model", "tiny_networks:dark", "--size", "64x64", "--mean", "0", "--std", "1")
+    options = ("--reference", photographs, "--analyses", "overlap", "--out", "made")
+    ended = run("explain", photographs / NAMES[0], *dark, *options)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("bright.png: Dark returned NaN or infinity; skipped") == 1
+
+
 def test_folders_stand_for_the_same_classes_if_an_image_of_the_first_is_skipped(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:

@@ -299,6 +299,8 @@ def test_commands_repeat_the_model_and_the_budget() -> None:
         steps([LOST], command="weakspot explain a -bl2:1 -mnets:build -b l2:2 --budget=l2:3 -m other:net")
     )
     assert joined.count("--budget l2:3 --model other:net") == 3
+    flags = " ".join(steps([LOST], command="weakspot explain -qm nets:build -qbl2:1 -- -m.png"))
+    assert flags.count("--budget l2:1 --model nets:build") == 3
     assert "--model my_package.models:build" in " ".join(steps([RIGHT]))  # made in Python
     assert "--model" not in " ".join(steps([RIGHT], command="weakspot explain --samples"))
 

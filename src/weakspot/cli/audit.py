@@ -318,7 +318,7 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: st
     if len(skipped) > SHOWN:
         print_text(f"... and {len(skipped) - SHOWN} more, listed in skipped.parquet", style="dim")
     tail = f", {len(skipped)} skipped" if len(skipped) else ""
-    print_text(f"{counted(summary.images)} audited{tail}, in {seconds:.1f} s", style="dim")
+    print_text(f"{counted(summary.images + summary.copies)} audited{tail}, in {seconds:.1f} s", style="dim")
     if trial:
         print_text(trial, style="dim")
     print_text(f"\nWritten to {_location(run)}")

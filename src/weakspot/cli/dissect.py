@@ -266,7 +266,7 @@ def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, opti
     if (dataset / "index.csv").is_file() and options.masks is None:
         return dataset
     folder = out / "concepts"
-    source = _source_of(dataset, options)
+    source = _source_of(dataset, options, out)
     if (folder / "index.csv").is_file():
         if (folder / SOURCE).is_file() and (folder / SOURCE).read_text("utf-8") == source:
             return folder
@@ -285,14 +285,16 @@ def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, opti
     return built
 
 
-def _source_of(dataset: Path, options: ConceptOptions) -> str:
-    """What concepts are built from, as JSON: the files with their sizes and times, and the options."""
-    folders = [folder for folder in (dataset, options.masks) if folder is not None]
-    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps(
-        {"files": facts, "names": str(options.names), "void": options.void, "masks": str(options.masks)}
-    )
+def _source_of(dataset: Path, options: ConceptOptions, out: Path) -> str:
+    """What concepts are built from, as JSON: the options, and the files with their sizes and times."""
+    files = [] if options.names is None else [options.names]
+    for folder in (dataset, options.masks):
+        inside = [] if folder is None else folder.rglob("*")
+        # Hidden files are no images, and what this command writes is no source.
+        files += [path for path in inside if not path.name.startswith(".") and not path.is_relative_to(out)]
+    about = [(str(path.resolve()), path.stat()) for path in sorted(files) if path.is_file()]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+    return json.dumps({"files": facts, "void": options.void, "masks": str(options.masks)})
 
 
 def _last_layers(classifier: Classifier) -> list[str]:

@@ -276,7 +276,8 @@ def _read_reference(session: Session, folder: Path) -> Tensor:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "a path that does not exist"
         raise Failure(f"--reference must be a folder of images, got {folder}, {what}", UNREADABLE)
-    return session.read_images([folder]).pixels
+    read = session.read_images([folder])
+    return read.subset(session.predict(read)[1]).pixels
 
 
 def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequence[str]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import torch
 import typer
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -113,10 +114,15 @@ def add_row(table: Table, *cells: str | Text) -> None:
 def print_table(table: Table, *, whole: bool = False) -> None:
     """Print a table to standard output: within the terminal's width, or as wide as it is if it is to be whole.
 
-    A table whose columns may not wrap is always whole, because rich would cut off the ends of its numbers.
+    It is wider than the terminal if columns that may not wrap need it: rich would cut off the ends of their numbers.
     """
     page = console()
-    whole = whole or all(column.no_wrap for column in table.columns)
+    options = page.options.update(max_width=WHOLE_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            cells = (column.header, *column.cells)
+            column.min_width = max(Measurement.get(page, options, cell).maximum for cell in cells)
+    page.width = max(page.width, Measurement.get(page, options, table).minimum)
     page.width = max(page.width, WHOLE_WIDTH if whole else 0)
     page.print(table)
 

@@ -136,9 +136,14 @@ def _given(made: Mapping[str, str]) -> dict[str, str]:
     words = _words(made)
     options: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=False):
-        # --option=value is one word, and so is -mvalue; others are two.
-        name, joined, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
-        name = SHORT.get(name, name)
+        if word == "--":
+            break
+        # --option=value is one word, and so are -mvalue and, behind the flag -q, -qmvalue; others are two.
+        name, joined, value = word.partition("=")
+        if not word.startswith("--"):
+            short = word.replace("-q", "-", 1)
+            name, value = SHORT.get(short[:2], ""), short[2:]
+            joined = value
         if name in (*MODEL_OPTIONS, "--budget"):
             options[name] = value if joined else following  # of several, the last counts
     return options

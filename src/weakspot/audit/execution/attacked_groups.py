@@ -65,15 +65,15 @@ def attack_groups(
         for key in cells:
             started = time.perf_counter()
             images = images or _Images(model, job, job.entries_of(key))
-            with _without_numbers() as told:
+            with _without_numbers() as messages:
                 rows, maps = images.attack(key, progress)
             # What was computed before a change of the model may be stored already, so it is looked for now and then.
             remarks: tuple[str, ...] = ()
             if key == groups[-1] or time.perf_counter() - checked >= CHECK_EVERY:
                 remarks, checked = tuple(model.watch.remarks()), time.perf_counter()
             # Without gradients, an attack that fails says nothing about the network.
-            blind = (text for text in told if "is zero everywhere" in text)
-            remarks += tuple(f"{text[:1].upper()}{text[1:]}." for text in blind)
+            flat = (text for text in messages if "is zero everywhere" in text)
+            remarks += tuple(f"{text[:1].upper()}{text[1:]}." for text in flat)
             facts = ImageFacts(
                 tuple(images.opened.digests), tuple(images.opened.skipped), tuple(images.missing)
             )
@@ -312,12 +312,12 @@ def _without_numbers() -> Iterator[list[str]]:
 
     Yields a list, which holds the texts of the warnings in the end.
     """
-    told: list[str] = []
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield told
+        yield messages
     for warning in caught:
         text = re.sub(r"images? \d+(, \d+)*( and \d+ more)?", "some images", str(warning.message))
         text = re.sub(r"[\d,]+ of [\d,]+ images?", "some images", text)
-        told.append(text)
+        messages.append(text)
         warn(text, warning.category)

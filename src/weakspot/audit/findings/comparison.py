@@ -205,8 +205,9 @@ def _cell(run: Run, attack: str, region: str, scores: Sequence[str]) -> pd.DataF
 
 
 def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join by content, of which each frame has one row."""
-    return before.merge(after, on="content", suffixes=("", "_after"), validate="one_to_one")
+    """Join by content; images that are listed under several labels are matched in order."""
+    before, after = (frame.assign(copy=frame.groupby("content").cumcount()) for frame in (before, after))
+    return before.merge(after, on=["content", "copy"], suffixes=("", "_after"), validate="one_to_one")
 
 
 def shared_parts(before: Run, after: Run) -> Shared:

@@ -37,6 +37,7 @@ class Summary:
     Attributes:
         cells: robust accuracy of every attack in every region.
         images: how many images could be read, copies not counted.
+        copies: how many more could be read.
         known: for how many of these the model has a clean prediction.
         clean_accuracy: fraction of them that the model classifies as their label without an attack.
         labels: where the labels come from, in words.
@@ -47,6 +48,7 @@ class Summary:
 
     cells: tuple[CellSummary, ...]
     images: int
+    copies: int
     known: int
     clean_accuracy: float
     labels: str
@@ -86,6 +88,8 @@ def summarize(run: Run) -> Summary:
         "select count(*), count(correct), avg(correct::int) from "
         "(select any_value(correct) as correct from outcomes group by index)"
     ).fetchall()[0]
+    copies = run.copies
+    said = f"{counted(copies)} {'is a copy' if copies == 1 else 'are copies'} of another"
     counts = run.info.labels
     # A run over several folders or arrays can have several sources of labels.
     sources = [f"{LABEL_SOURCES[key]} ({counted(count)})" for key, count in counts.items()]
@@ -97,7 +101,8 @@ def summarize(run: Run) -> Summary:
         labels=LABEL_SOURCES[next(iter(counts))] if len(counts) == 1 else ", ".join(sources),
         weakest=strongest_attack_sentence(cells, np.nan if clean is None else float(clean)),
         regions=tuple(contrast_sentences(region_contrasts(run))),
-        remarks=run.remarks,
+        copies=copies,
+        remarks=(*run.remarks, *([f"{said}; all findings count each image once."] if copies else [])),
     )
 
 

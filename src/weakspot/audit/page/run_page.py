@@ -230,7 +230,8 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
     subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
     skipped = len(run.skipped)
-    warning = _warning(run, (summary.images if summary else 0) + skipped)
+    done = skipped + (summary.images + summary.copies if summary else 0)
+    warning = _warning(run, done, summary.remarks if summary else run.remarks)
     unread = (f"{skipped:,}", "skipped because they could not be read" if skipped else "skipped")
     if summary is None or not summary.images:
         nothing = "No image could be read." if run.complete else "There are no records yet."
@@ -252,7 +253,7 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     return Header(title, subtitle, warning, facts, sentences)
 
 
-def _warning(run: Run, done: int) -> str:
+def _warning(run: Run, done: int, remarks: Sequence[str]) -> str:
     """Why the numbers are not final, and remarks on the model; empty if there is nothing to say."""
     shortfall = f"{run.shortfall[:1].upper()}{run.shortfall[1:]}." if run.shortfall else ""
     if not run.complete:
@@ -265,7 +266,7 @@ def _warning(run: Run, done: int) -> str:
                 f"{'it' if done == 1 else 'those'}. "
                 f"Continue it with weakspot audit --resume {shlex.quote(run.name)}."
             )
-    return " ".join([*([shortfall] if shortfall else []), *run.remarks])
+    return " ".join([*([shortfall] if shortfall else []), *remarks])
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

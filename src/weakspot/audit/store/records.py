@@ -253,7 +253,7 @@ def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
 def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
     """SQL for the records with two more columns, both null if it is unknown how the attack ended.
 
-    Of several copies of one image only the first is there: copies are no independent observations.
+    Of several copies of one image with one label only the first is there: copies are no independent observations.
 
     `fooled`: whether the attacked image is misclassified (reaches its target); for a minimal-norm attack whatever its
     size. `robust`: whether the image counts in robust accuracy; also null for attacks that have none.
@@ -265,7 +265,7 @@ def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
         if attack.is_minimal or not attack.is_known
     ]
     robust = f"case attack {' '.join(cases)} else not {fooled} end" if cases else f"not {fooled}"
-    first = 'select min("index") from records group by content'
+    first = 'select min("index") from records group by content, label'
     columns = f"*, {fooled} as fooled, ({robust})::boolean as robust"
     return f'select {columns} from records where content is null or "index" in ({first})'  # noqa: S608 - ours
 

@@ -120,21 +120,13 @@ class Run:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader must know about the model, the images and earlier sessions, in sentences."""
-        copies = (
-            f"{counted(self.copies, 'image')} {'is a copy' if self.copies == 1 else 'are copies'} of another"
-        )
-        found = (f"{copies}; all findings count each image once.",) if self.copies else ()
-        return (*self.info.remarks, *found)
+        """What a reader must know about the model and earlier sessions, in sentences."""
+        return self.info.remarks
 
     @property
     def copies(self) -> int:
-        """How many of the audited images are copies of an earlier one."""
-        if not self.has_records:
-            return 0
-        query = (
-            "select count(distinct index) - count(distinct content) from records where content is not null"
-        )
+        """How many of the audited images are copies of an earlier one with the same label."""
+        query = "select (select count(distinct index) from records) - (select count(distinct index) from outcomes)"
         return int(self.sql(query).fetchall()[0][0])
 
     @property
