@@ -18,6 +18,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import weakspot
 from tests.cli.conftest import Run
@@ -446,3 +447,19 @@ def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (
         4, "weakspot: memory://nowhere holds no run (it has no run.json)\n",
     )  # fmt: skip
+
+
+def test_an_image_without_finite_logits_is_named_and_left_out_of_the_accuracy(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(photographs / "bright.png")
+    dark = ("--model", "tiny_networks:dark", "--size", "64x64", "--mean", "0", "--std", "1")
+    # Four other images are too few for five controls, which fails no image.
+    plan = ("--analyses", "none", "--no-maps", "--regions", "cam", "--controls", "--attacks", "fgsm")
+    ended = run("audit", photographs, *dark, *plan, "--out", "made")
+    assert ended.code == 0, ended.err
+    assert "Clean accuracy is 100% of 4 images with a result (5 were read)." in ended.out
+    failures = [line for line in ended.out.splitlines() if line.startswith("failed ")]
+    assert failures == ["failed bright.png: the model returned NaN or infinity for the clean image"]
+    page = (tmp_path / "made/report.html").read_text()
+    assert "correctly classified without an attack (of 4 images with a result)" in page

@@ -309,7 +309,13 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: st
     if more:
         print_text(f"... and {more} more (show them with --all)", style="dim")
     if failed:
-        query = "select image, min(error) as error from outcomes where error is not null group by image order by image"
+        from weakspot.audit.findings.outcomes import in_reported_regions
+
+        # Controls may lack regions of other images, which is no failure of the image.
+        query = (
+            "select image, min(error) from outcomes "  # noqa: S608 - ours
+            f"where error is not null and {in_reported_regions(run)} group by image order by image"
+        )
         for image, error in run.sql(query).fetchall()[:SHOWN]:
             print_text(f"failed {image}: {error}", style="dim")
     skipped = run.skipped
