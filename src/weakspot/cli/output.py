@@ -118,11 +118,12 @@ def print_table(table: Table, *, whole: bool = False) -> None:
     """
     page = console()
     options = page.options.update(max_width=WHOLE_WIDTH)
-    for column in table.columns:
-        if column.no_wrap:
-            cells = (column.header, *column.cells)
-            column.min_width = max(Measurement.get(page, options, cell).maximum for cell in cells)
-    page.width = max(page.width, Measurement.get(page, options, table).minimum)
+    fixed = [column for column in table.columns if column.no_wrap]
+    for column in fixed:
+        cells = (column.header, *column.cells)
+        column.min_width = max(Measurement.get(page, options, cell).maximum for cell in cells)
+    if fixed:
+        page.width = max(page.width, Measurement.get(page, options, table).minimum)
     page.width = max(page.width, WHOLE_WIDTH if whole else 0)
     page.print(table)
 
