@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import sys
@@ -53,6 +54,25 @@ def test_a_folder_is_explained_and_all_files_are_written(run: Run, photographs: 
     assert again.code == 0, again.err
     saved = pd.read_csv(tmp_path / "again/scores.csv")
     pd.testing.assert_frame_equal(saved.drop(columns="image"), scores.drop(columns="image"))
+
+
+def test_commands_to_run_next_repeat_options_however_they_were_typed(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    ended = run(
+        "explain",
+        photographs / "chelsea.png",
+        *QUICK,
+        "-qblinf:2/255",
+        "--budget=linf:8/255",
+        "--device",
+        "auto",
+    )
+    assert ended.code == 0, ended.err
+    made = json.loads((tmp_path / "weakspot-out/run.json").read_text())
+    assert made["options"] == "--budget linf:8/255 --model tiny_networks:build --mean 0 --std 1 --size 64x64"
+    page = re.sub("<[^>]*>", "", (tmp_path / "weakspot-out/report.html").read_text())
+    assert f"--controls {made['options']} --out" in html.unescape(page)
 
 
 def test_the_same_seed_writes_the_same_scores_and_pairs(run: Run, photographs: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`weakspot explain`: attack images, or read pairs, and explain them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -28,6 +28,7 @@ from weakspot.cli.options import (
     parse_names,
     refuse,
     refuse_fraction,
+    repeated,
 )
 from weakspot.cli.output import json_rows, print_text
 from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
@@ -99,6 +100,7 @@ def explain(
     every_name = usual_analyses()
     chosen = every_name if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
     planned = list(find_analyses(QUICK if quick else chosen))
+    options = repeated(context, ["budget", *(field.name for field in fields(network))])
     with open_session(context, network, output, out, FILES) as session:
         classifier = session.classifier
         if pair:
@@ -134,6 +136,7 @@ def explain(
             **({} if pair or aims.region == "none" else {"region": aims.region}),
             **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
             **({"analyses left out": ", ".join(left_out)} if interrupted or quick else {}),
+            **({"options": options} if options else {}),
             **session.provenance(seed),
         }
         paths = _write(session, replace(explanation, made=made))

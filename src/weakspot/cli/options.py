@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -217,6 +218,18 @@ def given(context: typer.Context, names: Sequence[str]) -> dict[str, str]:
     return {
         name: spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"
     }
+
+
+def repeated(context: typer.Context, names: Sequence[str]) -> str:
+    """The options among these parameters that differ from their defaults, as they would be typed again."""
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    words = [
+        word
+        for name, option_name in given(context, names).items()
+        if context.params[name] != parameters[name].default
+        for word in (option_name, str(context.params[name]))
+    ]
+    return shlex.join(words)
 
 
 def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:

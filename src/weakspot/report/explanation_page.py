@@ -49,7 +49,7 @@ def page(explanation: Explanation) -> str:
         steps=next_steps(explanation),
         terms=TERMS,
         meanings={name: text for name, text in explanation.meanings.items() if not name.endswith(COMPANIONS)},
-        made=dict(explanation.made),
+        made={name: text for name, text in explanation.made.items() if name != "options"},  # in the command
         shared=shared_colors(),
     )
 

@@ -1,6 +1,5 @@
 """What to do next after an explanation: a reason that the findings support, and the exact command."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,12 +9,8 @@ from weakspot.statistics import LEAST_OTHERS, LEAST_REGION
 from weakspot.statistics.number_format import counted
 
 MOST = 4  # steps shown
-FEW_CELLS = (
-    0.25  # of the change: if undoing so much stops most attacks, a defense that finds the place may help
-)
-MODEL_OPTIONS = ("--model", "--weights", "--mean", "--std", "--classes", "--size", "--device")
-SHORT = {"-m": "--model", "-b": "--budget"}
-DEFAULT_BUDGET = "linf:4/255"
+# Of the change: if undoing so much stops most attacks, a defense that finds the place may help.
+FEW_CELLS = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Step:
 def next_steps(explanation: Explanation) -> list[Step]:
     """What the findings suggest, most specific first; at most `MOST` steps."""
     scores, made, noun = explanation.scores, explanation.made, explanation.noun
-    options = _budget(made) + _model_options(made)
+    options = _repeated(made)
     correct = scores[scores["read_clean_as"] == scores["label"]]
     fooled = correct[correct["success_8bit"]]
     failed = correct[~correct["success"] & ~correct["success_8bit"] & (correct["linf"] > 0)]
@@ -124,40 +119,8 @@ def _of(part: int, total: int, every: int, noun: str) -> str:
     return f"{part} of {counted(total, noun)} {'is' if part == 1 else 'are'}"
 
 
-def _words(made: Mapping[str, str]) -> list[str]:
-    try:
-        return shlex.split(made.get("command", ""))
-    except ValueError:  # a quote that is not closed: not one of our commands
-        return []
-
-
-def _given(made: Mapping[str, str]) -> dict[str, str]:
-    """The options that were typed, by their long names, as far as they are `MODEL_OPTIONS` or the budget."""
-    words = _words(made)
-    options: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        if word == "--":
-            break
-        # --option=value is one word, and so are -mvalue and, behind the flag -q, -qmvalue; others are two.
-        name, joined, value = word.partition("=")
-        if not word.startswith("--"):
-            short = word.replace("-q", "-", 1)
-            name, value = SHORT.get(short[:2], ""), short[2:]
-            joined = value
-        if name in (*MODEL_OPTIONS, "--budget"):
-            options[name] = value if joined else following  # of several, the last counts
-    return options
-
-
-def _model_options(made: Mapping[str, str]) -> str:
-    """The options that describe the model; a placeholder for models made in Python."""
-    if not _words(made):
+def _repeated(made: Mapping[str, str]) -> str:
+    """The budget and the options of the model, to be given again; a placeholder for models made in Python."""
+    if "command" not in made:
         return " --model my_package.models:build"
-    words = [word for pair in _given(made).items() if pair[0] in MODEL_OPTIONS for word in pair]
-    return f" {shlex.join(words)}" if words else ""
-
-
-def _budget(made: Mapping[str, str]) -> str:
-    """The budget as it was typed, unless it is the default of all commands."""
-    typed = _given(made).get("--budget", DEFAULT_BUDGET)
-    return "" if typed == DEFAULT_BUDGET else f" --budget {shlex.quote(typed)}"
+    return f" {made['options']}" if "options" in made else ""
