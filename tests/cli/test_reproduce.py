@@ -126,6 +126,33 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
     assert "1 photograph, labeled by the network itself, of photos" in about
 
 
+@pytest.mark.parametrize("kind", ["photographs", "labeled"])
+def test_each_picture_counts_once(
+    kind: str, tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, drawn = tmp_path / "photos", []
+    folder.mkdir()
+    if kind == "photographs":
+        for number in range(6):
+            pixels = np.random.default_rng(number % 3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    else:
+        folder = cifar
+        (folder / "test_batch.bin").write_bytes((cifar / "test_batch.bin").read_bytes() * 2)
+    (tmp_path / "small_network.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def measured(_: str, material: Material, *args: object, **__: object) -> None:
+        drawn.append(material.images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weakspot.reproduction.reproduce", measured)
+    arguments = ["--data", str(folder), "--model", "small_network:build", "--out", str(tmp_path / "out")]
+    runner.invoke(app, ["reproduce", "one-pixel", *arguments, "--limit", "20"])
+    assert len(drawn[0]) == (3 if kind == "photographs" else 20)
+    assert len(drawn[0].flatten(1).unique(dim=0)) == len(drawn[0])
+
+
 def test_training_without_its_extra_is_refused_before_anything_is_measured(
     tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

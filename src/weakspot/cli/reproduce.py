@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -21,7 +22,7 @@ from weakspot.cli.output import print_text
 from weakspot.cli.session import Session, open_session
 from weakspot.cli.training_jobs import network_maker
 from weakspot.datasets import LabeledImages, read_labeled
-from weakspot.images import open_pictures
+from weakspot.images import first_copies, open_pictures
 from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _command() -> str:
 
 
 def _material(session: Session, folder: Path | None, limit: int | None, *, full: bool, seed: int) -> Material:
-    """The network and correctly classified images, drawn at random; without labels, predictions are the labels."""
+    """The network and distinct, correctly classified images, drawn at random; labels by default are predictions."""
     from weakspot.reproduction import Material
     from weakspot.reproduction.material import guesses, unsure
 
@@ -144,6 +145,8 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
             right = predict(classifier, pixels).argmax(1).cpu() == test.labels[rows]
             correct.append(right)
             images, labels = torch.cat([images, pixels[right]]), torch.cat([labels, test.labels[rows][right]])
+            distinct = np.unique(first_copies(images))
+            images, labels = images[distinct], labels[distinct]
             if len(images) >= count:
                 break
         unusable = guesses(torch.cat(correct), len(test.class_names))
@@ -190,7 +193,7 @@ def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages 
 
 
 def _photographs(session: Session, folder: Path | None, count: int, seed: int) -> Tensor:
-    """Up to `count` photographs of a folder, drawn at random, or the samples."""
+    """Up to `count` photographs of a folder, drawn at random, each picture once, or the samples."""
     if folder is None:
         return session.read_images([], samples=True).pixels
     session.display.step("reading the images")
@@ -206,7 +209,7 @@ def _photographs(session: Session, folder: Path | None, count: int, seed: int) -
         picture = open_pictures(path, size=classifier.input_size, channels=classifier.channels)[0]
         if picture.pixels is None:
             session.skipped.append(one_line(f"{path}: {picture.remark}"))
-        else:
+        elif not any(torch.equal(picture.pixels, other) for other in read):
             read.append(picture.pixels)
         if len(read) == count:
             break
