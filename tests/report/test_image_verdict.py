@@ -67,9 +67,8 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {"relation": NAN, "relation_p": NAN, "relation_q": NAN, "effect_in_roi_null": NAN},
             (
-                "61% of the effect falls on the 20% of the image that matters most for lynx (no p value: that needs at "
-                "least 19 other images of the same source whose importance maps show evidence, in the batch or in "
-                "--reference FOLDER)."
+                "61% of the effect falls on the 20% of the image that matters most for lynx (no p value: that takes 19 "
+                "other images to compare with)."
             ),
         ),
         (
@@ -216,7 +215,7 @@ def test_scores_without_a_comparison_have_no_p() -> None:
     explained.scores = explained.scores.drop(
         columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"]
     )
-    assert "no p value: that needs at least 19 other images" in verdict(explained)  # type: ignore[arg-type]
+    assert "no p value: that takes 19 other images" in verdict(explained)  # type: ignore[arg-type]
 
 
 def test_without_overlap_the_verdict_is_the_outcome() -> None:

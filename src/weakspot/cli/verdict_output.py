@@ -20,6 +20,7 @@ from weakspot.cli.output import (
 )
 from weakspot.cli.session import Session
 from weakspot.explanations import Explanation
+from weakspot.statistics import LEAST_OTHERS
 from weakspot.statistics.number_format import counted, p_value, percent
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class VerdictOutput:
 
     def finish(self, explanation: Explanation) -> None:
         """Print the verdicts, or what they say beyond those printed before, and what each analysis cost."""
+        from weakspot.report.image_verdict import uncompared
+
         if not self.begun:
             self._print_classes(explanation)
         if self.printed:
@@ -84,6 +87,12 @@ class VerdictOutput:
                     print_text("\n" + " ".join(verdict.replace(before, "").split()))
         else:
             self._print_verdicts(explanation)
+        if uncompared(explanation.scores):
+            print_text(
+                f"\nFor p values, compare with at least {LEAST_OTHERS} other images of the same source whose "
+                "importance maps show evidence: --reference FOLDER",
+                style="dim",
+            )
         if explanation.seconds:
             costs = (f"{name} {seconds:.1f} s" for name, seconds in explanation.seconds.items())
             print_text(f"\nAnalyses: {', '.join(costs)}{self.session.ending()}", style="dim")

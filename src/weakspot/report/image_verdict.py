@@ -66,6 +66,13 @@ def located(row: pd.Series) -> bool:
     )
 
 
+def uncompared(scores: pd.DataFrame) -> bool:
+    """Whether effects were located and, for lack of other images, not compared with where the network looks."""
+    if "relation" not in scores or scores["relation"].notna().any():
+        return False
+    return any(located(row) for _, row in scores.iterrows())
+
+
 def _outcome(row: pd.Series) -> str:
     label, reached, target = row["label"], row["adversarial_class"], row["target"]
     before, after = percent(row["label_clean"]), percent(row["adversarial_class_adversarial"])
@@ -161,10 +168,7 @@ def _relation(row: pd.Series, subject: str) -> str:
         effect = f"{place} raised the margin, by {percent(-share)} of what it lost in all"
     relation = row.get("relation", math.nan)
     if math.isnan(relation):
-        return (
-            f"{effect[0].upper()}{effect[1:]} (no p value: that needs at least {LEAST_OTHERS} other images of the same "
-            "source whose importance maps show evidence, in the batch or in --reference FOLDER)"
-        )
+        return f"{effect[0].upper()}{effect[1:]} (no p value: that takes {LEAST_OTHERS} other images to compare with)"
     doubt = (
         f"({percent(row['effect_in_roi_null'])} on the part that matters in other images; "
         f"{p_value(row['relation_p'])}, {p_value(row['relation_q'], 'q')} over the images)"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weakspot.explanations.explanation import Explanation
-from weakspot.report.image_verdict import located
+from weakspot.report.image_verdict import uncompared
 from weakspot.statistics import LEAST_OTHERS, LEAST_REGION
 from weakspot.statistics.number_format import counted
 
@@ -83,8 +83,7 @@ def next_steps(explanation: Explanation) -> list[Step]:
                 f"weakspot map photos/{options} --out runs/map",
             )
         )
-    untested = "relation" in scores and scores["relation"].isna().all()
-    if untested and any(located(row) for _, row in fooled.iterrows()):
+    if uncompared(fooled):
         steps.append(
             Step(
                 "To test whether attacks act where the network looks, compare with at least "
