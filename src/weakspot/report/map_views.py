@@ -226,7 +226,7 @@ def _repeated(view: MapView, drawn: Sequence[MapView]) -> str:
         together = view.picture.scale is not None and view.picture.scale == other.picture.scale
         distance = np.abs(view.colors - other.colors if together else _pattern(view) - _pattern(other))
         if distance.mean() < SAME_MEAN and distance.max() < SAME_LARGEST:
-            return f"“{view.title}” looks like “{other.title}”."
+            return f"“{view.title}” is not drawn: its pattern is nearly that of “{other.title}”."
     return ""
 
 
