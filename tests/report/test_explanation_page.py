@@ -325,6 +325,9 @@ def view(
     return MapView(name, name, "", picture, np.array([values], np.float32), low, high)
 
 
+REPEATED = "“b” is not drawn: its pattern is nearly that of “a”."
+
+
 @pytest.mark.parametrize(
     ("maps", "wanted"),
     [
@@ -337,9 +340,9 @@ def view(
         # One place that differs is what a map is for.
         ([view("a", [0.5, 0.5, 0.5, 0.9])], []),
         ([view("a", [0.5, 0.5, NAN])], []),
-        ([view("a", [0, 0.4, 1]), view("b", [0, 0.41, 1])], ["“b” is not drawn: its pattern is nearly that of “a”."]),
+        ([view("a", [0, 0.4, 1]), view("b", [0, 0.41, 1])], [REPEATED]),
         # On scales of their own, the same pattern; on one scale, half as much is something else.
-        ([view("a", [0, 0.4, 1]), view("b", [0, 4, 10], high=10)], ["“b” is not drawn: its pattern is nearly that of “a”."]),
+        ([view("a", [0, 0.4, 1]), view("b", [0, 4, 10], high=10)], [REPEATED]),
         ([view("a", [0, 0.4, 1], scale="s"), view("b", [0, 0.2, 0.5], scale="s")], []),
         ([view("a", [0, 0.4, 1]), view("b", [0, 0.4, 1], "signed")], []),
         ([view("difference", [0, 0, 0], "signed")], []),
