@@ -69,6 +69,7 @@ def test_the_core_explains_and_attacks(digits: Path, name: str, tmp_path: Path) 
     assert (tmp_path / "out").is_dir()
 
 
+@pytest.mark.slow
 def test_missing_extras_are_named_with_their_install_lines(digits: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "digits.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.arange(4))
     ended = commands(

@@ -74,6 +74,7 @@ def test_a_network_is_trained_tested_and_used(run: Run, digits: Path, tmp_path: 
     assert used.code == 0, used.err
 
 
+@pytest.mark.slow
 def test_a_matrix_is_a_table_a_figure_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:
     command = (
         "train", digits, "--evaluate", "matrix", "--recipes", "standard,localized", "--seeds", "2", *QUICK,

@@ -136,6 +136,7 @@ def small_networks() -> list[Made]:
     return made
 
 
+@pytest.mark.slow
 def test_no_patch_at_any_place_turns_a_certified_image() -> None:
     """All 25 places of a 2 x 2 patch, all black and white contents and random ones, through the masked classifier."""
     contents = torch.cat([black_and_white(2), torch.rand(8, 1, 2, 2)])

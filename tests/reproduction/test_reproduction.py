@@ -357,7 +357,8 @@ def test_the_same_seed_gives_the_same_claims_and_finished_ones_are_not_measured_
     assert all(claim.quote in str(first) for claim in first.claims)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_network_with_random_weights_confirms_no_claim_about_learning(seed: int, tmp_path: Path) -> None:
     """These claims have a control of their own; that the network guesses is not even looked at."""
     given = untrained(seed)
