@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from weakspot.attribution.hooks import reading, spatial_layers
 from weakspot.classifier import as_classifier
 from weakspot.explanations import PropagationStudy, propagation, propagation_study, random_edits
 from weakspot.explanations.feature_propagation import TILE, activation_change
+from weakspot.explanations.propagation_controls import _table
+from weakspot.statistics import mean_interval
 
 
 class Shared(nn.Module):
@@ -450,3 +453,12 @@ def test_silent_layers_and_nan_do_not_count_as_unchanged() -> None:
     assert (result.spread["1"] == 1).all()
     table = propagation_study(model, Pairs.of(model, clean, clean + 1)).table
     assert not np.isinf(table["reach"]).any()
+
+
+def test_an_interval_of_a_fraction_of_sites_is_within_0_and_1() -> None:
+    values = np.append(np.linspace(0.97, 1, 23), 0.3)
+    assert mean_interval(values)[2] > 1
+    layer: Any = SimpleNamespace(values=lambda _: {"spread": values, "reach": values})
+    row = _table({"last": layer}).iloc[0]
+    assert row["spread"] == pytest.approx(values.mean())
+    assert 0 <= row["spread_low"] < row["spread"] < row["spread_high"] <= 1 < row["reach_high"]

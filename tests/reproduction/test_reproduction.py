@@ -652,3 +652,42 @@ def test_trained_networks_are_not_trained_again(
     shutil.rmtree(tmp_path / "networks-quick/full-0")
     with pytest.raises(AssertionError, match="measured again"):
         Localized(given, tmp_path).training()
+
+
+def test_regions_that_matter_are_confirmed_with_a_caution_at_most(
+    learned: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four networks with random weights passed this test: each region is chosen by what it is tested for."""
+    monkeypatch.setattr(Difference, "of", lambda *_: Difference(0.9, 0.3, 0.4, 0.7, 23))
+    claim = Spatial(learned).regions()
+    assert claim.verdict == CAUTION, str(claim)
+    assert "networks that have learned nothing can pass this test" in claim.control
+
+
+def test_a_difference_is_over_the_images_that_have_both_values(
+    learned: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promotion = Promotion(learned)
+    promotion.__dict__["pairs"] = learned.pairs
+    monkeypatch.setattr(promotion, "_without_learning", lambda: (0.0, 0.0, 0.0))
+    promotion.__dict__["successes"] = 40
+    own = np.random.default_rng(0).uniform(0.6, 0.7, 40)
+    table = pd.DataFrame({"interpretability_label": own, "interpretability_label_null": own - own**2 / 9})
+    table.loc[:5, "interpretability_label_null"] = np.nan
+    monkeypatch.setattr("weakspot.reproduction.perturbation_types.interpretability_test", lambda *_: table)
+    claim = promotion.cam()
+    assert "(34 images)" in claim.measured
+    values = {one.name: one.value for one in claim.table}
+    both = (values[f"length in {whose}"] or 0 for whose in ("the own class activation", "other images'"))
+    assert next(both) - next(both) == pytest.approx(values["difference"], abs=1e-5)
+    table.loc[:20, "interpretability_label_null"] = np.nan
+    claim = promotion.cam()
+    assert claim.verdict == UNTESTED
+    assert claim.measured == "Only 19 images can be compared with other images; 20 are needed."
+
+
+def test_claims_depend_on_the_data_to_train_on(learned: Material) -> None:
+    data = from_tensors(learned.images, learned.labels, class_names=list("abcd"))
+    other = from_tensors(learned.images.flip(3), learned.labels, class_names=list("abcd"))
+    keys = {replace(learned, train=train, test=data).key for train in (None, data, other)}
+    assert len(keys) == 3

@@ -28,7 +28,7 @@ from weakspot.explanations.feature_propagation import (
     stream,
 )
 from weakspot.pairs import Pairs
-from weakspot.statistics import mean_interval
+from weakspot.statistics import fraction_interval, mean_interval
 from weakspot.statistics.number_format import counted, number, percent
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def propagation_study(
 
     Args:
         model: any classifier. It is not changed.
-        pairs: N pairs, or an iterable of batches of pairs.
+        pairs: N pairs of different images, which intervals take as independent; or an iterable of batches of them.
         layers: as in `propagation`.
         seed: of the random edits.
         batch_size: pairs at once; changes no result.
@@ -231,7 +231,9 @@ def _table(numbers: Mapping[str, _LayerNumbers]) -> pd.DataFrame:
             depth = position / max(1, len(numbers) - 1)
             row: dict[str, object] = {"layer": name, "depth": depth, "group": group}
             for measure, values in layer.values(group).items():
-                interval = mean_interval(values[np.isfinite(values)])
+                # Spread is a fraction of the sites; reach may exceed 1.
+                interval_of = fraction_interval if measure == "spread" else mean_interval
+                interval = interval_of(values[np.isfinite(values)])
                 row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
                 row["images"] = len(values)
             rows.append(row)

@@ -17,9 +17,10 @@ from weakspot.models.identity import fingerprint
 from weakspot.pairs import AttackResult
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent
+from weakspot.training.checkpoint import data_fingerprint
 
 LEAST_CONFIDENCE = 0.1  # mean probability of the first class
-SCHEMA = 5  # of the stored claims
+SCHEMA = 6  # of the stored claims
 PIECE = 16  # images between two writes
 ONE_CLASS = 0.9  # fraction of the images above which they count as being of one class
 
@@ -30,7 +31,7 @@ class Material:
 
     Attributes:
         model: any classifier, on any device.
-        images: (N, C, H, W), all classified as `labels`.
+        images: (N, C, H, W), all different and all classified as `labels`.
         labels: (N,).
         about: what the data are and which network it is, for the page.
         unusable: why this network can test no claim, if there is a reason, such as that it guesses.
@@ -134,11 +135,13 @@ class Material:
 
     @cached_property
     def key(self) -> str:
-        """What the claims depend on: network, images, size and seed."""
+        """What the claims depend on: network, images, data to train on and test with, size and seed."""
         digest = hashlib.sha256(f"{SCHEMA} {fingerprint(self.model)}".encode())
         digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         digest.update(f"{self.quick} {self.seed} {self.unusable}".encode())
+        for data in (self.train, self.test):
+            digest.update(b"none" if data is None else data_fingerprint(data).encode())
         return digest.hexdigest()[:12]
 
     @property

@@ -19,7 +19,7 @@ from weakspot.proofs import certify_pixels
 from weakspot.reproduction.claim_panels import Panel, Series, rounded
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, Claim, Measurement, untested
 from weakspot.reproduction.material import Material
-from weakspot.statistics import mean_interval, rate_interval
+from weakspot.statistics import fraction_interval, mean_interval, rate_interval
 from weakspot.statistics.number_format import counted, number, percent, points, with_interval
 
 TITLE = "Understanding the One-Pixel Attack: Propagation Maps and Locality Analysis"
@@ -343,6 +343,6 @@ def proven_safe(material: Material, pairs: Pairs) -> tuple[Measurement, ...]:
         "pixels not decided": result.unknown_fraction,
     }
     return tuple(
-        Measurement(name, *mean_interval(values.numpy(), material.seed), len(clean))
+        Measurement(name, *fraction_interval(values.numpy(), material.seed), len(clean))
         for name, values in named.items()
     )

@@ -116,7 +116,7 @@ class Perceptual:
         name, material = "changes lie where the network looks", self.material
         if material.count < LEAST_RUN:
             return untested(
-                name, SEMANTIC, f"The test needs {LEAST_RUN} images, and there are {material.count}."
+                name, SEMANTIC, f"Only {counted(material.count)} can be used; {LEAST_RUN} are needed."
             )
         material.log("comparing SSIM maps with class activations")
         pairs = attacks.pgd(

@@ -131,10 +131,17 @@ class Promotion:
     def cam(self) -> Claim:
         """Whether perturbations are stronger in their own label's class activation than in other images'."""
         name = "perturbations follow the class activation"
-        count = self.successes
-        if self.pairs is None or count <= LEAST_OTHERS:
-            return untested(name, CAM, f"Only {counted(count)} can be fooled; {LEAST_OTHERS + 1} are needed.")
+        if self.pairs is None or self.successes <= LEAST_OTHERS:
+            return untested(
+                name, CAM, f"Only {counted(self.successes)} can be fooled; {LEAST_OTHERS + 1} are needed."
+            )
         table = interpretability_test(self.material.model, self.pairs)
+        # An image is compared only with others that have its label's class activation.
+        table = table[["interpretability_label", "interpretability_label_null"]].dropna()
+        count = len(table)
+        if count <= LEAST_OTHERS:
+            why = f"Only {counted(count)} can be compared with other images; {LEAST_OTHERS + 1} are needed."
+            return untested(name, CAM, why)
         own, null = table["interpretability_label"], table["interpretability_label_null"]
         difference = (own - null).to_numpy(float)
         mean, low, high = mean_interval(difference, self.material.seed)

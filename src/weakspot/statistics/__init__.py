@@ -1,6 +1,7 @@
 """Intervals, p values and null distributions, each checked by simulation in tests/statistics."""
 
 from weakspot.statistics.intervals import (
+    fraction_interval,
     mean_interval,
     mean_intervals,
     paired_proportion_interval,
@@ -32,6 +33,7 @@ __all__ = [
     "RunTest",
     "ShiftTest",
     "false_discovery",
+    "fraction_interval",
     "mcnemar",
     "mcnemar_counts",
     "mean_interval",

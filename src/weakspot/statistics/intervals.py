@@ -106,6 +106,13 @@ def mean_interval(values: NDArray[np.floating], seed: int = 0) -> Interval:
     return float(mean), float(low), float(high)
 
 
+def fraction_interval(values: NDArray[np.floating], seed: int = 0) -> Interval:
+    """`mean_interval` of values between 0 and 1, cut off there."""
+    mean, low, high = mean_interval(values, seed)
+    # NaN stays NaN.
+    return mean, float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
+
+
 def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
     """Mean and 95% interval of every column of a table; missing values (NaN) are ignored.
 
