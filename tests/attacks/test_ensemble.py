@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from weakspot._checks import ModelWarning
 from weakspot.attacks import ensemble
 from weakspot.attacks.auto_pgd import _State, adaptive_descent, checkpoints
 from weakspot.attacks.context import AttackOptions, attack_context
+from weakspot.attacks.ensembles import _warn_of_hidden_gradients
 from weakspot.attacks.losses import cross_entropy
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
@@ -146,10 +149,26 @@ def test_a_weak_model_that_hides_its_gradients_is_exposed(
     network, images = on_the_margin(64 * eps)
     model = Hiding(network, hide).eval()
     labels = torch.zeros(8, dtype=torch.long)
-    with untouched(model, images), pytest.warns(ModelWarning, match="hides its gradients: 8 of 8"):
+    with untouched(model, images), pytest.warns(ModelWarning, match="may hide its gradients: 8 of 8"):
         result = ensemble(model, images, labels, budget=Linf(eps))
     assert bool(result.success.all())
     assert float(result.perturbation.abs().max()) <= eps + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fallen", "images", "warned"),
+    [(1, 1, False), (1, 10, False), (2, 12, False), (5, 100, False), (11, 100, True)],
+)
+def test_a_few_images_that_only_a_search_without_gradients_fools_accuse_no_model(
+    fallen: int, images: int, warned: bool
+) -> None:
+    """On a network that hides nothing, squares alone fooled 1 of 10 digits, and 5 of 100."""
+    problem: Any = MagicMock(classifier=MagicMock())
+    problem.__len__.return_value = images
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _warn_of_hidden_gradients(problem, fallen)
+    assert len(found) == warned
 
 
 @pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
