@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -422,3 +423,11 @@ def test_a_model_that_returns_probabilities_trips_a_warning(pooling: Made) -> No
     model, images = pooling
     with pytest.warns(ModelWarning, match="as a softmax does"):
         class_activation(nn.Sequential(model, nn.Softmax(1)).eval(), images, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_the_class_activation_of_float32(dtype: torch.dtype, pooling: Made) -> None:
+    images, label = pooling[1][:2], torch.tensor([0, 1])
+    whole = class_activation(pooling[0], images, label)
+    half = class_activation(copy.deepcopy(pooling[0]).to(dtype), images, label)
+    torch.testing.assert_close(half.float(), whole.float(), rtol=0.1, atol=0.1 * float(whole.abs().max()))
