@@ -19,11 +19,14 @@ def configured_size(network: nn.Module) -> tuple[int, int] | None:
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
-def image_channels(network: nn.Module, statistics: int) -> int:
-    """Number of channels of an image: that of mean and std, else that of the first convolution."""
+def image_channels(network: nn.Module, statistics: int, size: tuple[int, int]) -> int:
+    """Number of channels of an image: that of mean and std, else of the first convolution or of a flattened image."""
     if statistics > 1:
         return statistics
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
+        if isinstance(module, nn.Linear):
+            channels, rest = divmod(module.in_features, size[0] * size[1])
+            return channels if channels and not rest else 3
     return 3

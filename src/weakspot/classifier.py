@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         self.network = network
         self.name = name or type(network).__name__
         self.input_size = input_size or configured_size(network) or (224, 224)
-        self.channels = image_channels(network, max(len(mean), len(std)))
+        self.channels = image_channels(network, max(len(mean), len(std)), self.input_size)
         self.class_names = tuple(class_names or configured_names(network))
         self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
         self.training = network.training

@@ -432,3 +432,16 @@ def test_networks_whose_preprocessing_is_known_get_what_they_were_trained_on(
     (project / "run").mkdir()
     (project / "run/training.json").write_text("{}")
     assert plain_pixels_note(spec, Classifier.wrap(nn.Flatten()), "give mean and std") is None
+
+
+def test_the_channels_of_a_classifier_survive_another_size() -> None:
+    made = Classifier(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2)).eval())
+    made.channels = 1
+    assert load(made, device="cpu", input_size=(28, 28)).channels == 1
+    assert load(made, device="cpu", mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).channels == 3
+
+
+@pytest.mark.parametrize(("features", "channels"), [(784, 1), (3 * 784, 3), (64, 3), (785, 3)])
+def test_a_network_of_flattened_images_says_how_many_channels_they_have(features: int, channels: int) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(features, 2)).eval()
+    assert Classifier(network, input_size=(28, 28)).channels == channels

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, contain_exits, entry_points, first_line, quiet, unknown_choice
+from weakspot._network_config import image_channels
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
@@ -58,6 +59,7 @@ def load(
         network = _from_name(spec) if isinstance(spec, str) else _call_factory(spec, spec)
     classifier = network if isinstance(network, Classifier) else Classifier(network)
     if any(value is not None for value in (mean, std, input_size, class_names)):
+        given = classifier
         classifier = Classifier(
             classifier.network,
             mean=classifier.mean.flatten().tolist() if mean is None else mean,
@@ -66,6 +68,9 @@ def load(
             class_names=class_names or classifier.class_names,
             name=classifier.name,
         )
+        found = image_channels(given.network, given.mean.numel(), given.input_size)
+        if given.channels != found and classifier.mean.numel() == 1:
+            classifier.channels = given.channels  # set by hand
     if weights is not None:
         _load_weights(classifier.network, Path(weights))
     for module in classifier.modules():  # exported modules refuse .eval()
