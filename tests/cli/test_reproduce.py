@@ -210,3 +210,17 @@ def test_the_command_of_a_page_names_no_place_of_this_machine(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["weakspot", "reproduce", "spatial", *options, "-q"])
     assert _command() == "weakspot reproduce spatial --data photos"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("test_batch.bin", "must"), ("data_batch_1.bin", "must")])
+def test_damaged_data_are_no_folder_of_photographs(
+    name: str, reason: str, tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small_network.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
+    monkeypatch.syspath_prepend(tmp_path)
+    (cifar / name).write_bytes((cifar / "test_batch.bin").read_bytes()[:-7])
+    arguments = ["--data", str(cifar), "--model", "small_network:build", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, ["reproduce", "one-pixel", *arguments])
+    assert isinstance(result.exception, Failure)
+    assert name in str(result.exception)
+    assert "none of the images" not in str(result.exception)

@@ -22,6 +22,7 @@ from weakspot.cli.output import print_text
 from weakspot.cli.session import Session, open_session
 from weakspot.cli.training_jobs import network_maker
 from weakspot.datasets import LabeledImages, read_labeled
+from weakspot.datasets.folders import array_folder
 from weakspot.images import first_copies, open_pictures
 from weakspot.statistics.number_format import counted
 
@@ -76,8 +77,8 @@ def reproduce(
     confirmed, or cannot be tested on this data. Finished claims are stored in --out, so the same command resumes.
 
     The papers: spatial (arXiv 2011.10794), perceptual (2106.12731), localized (1909.04779), promotion (1904.02057) and
-    one-pixel (1902.02947). PAPER.png shows the result as a figure. Only localized trains networks, and needs
-    pip install 'weakspot[train]'.
+    one-pixel (1902.02947). PAPER.png shows the result as a figure. Only localized trains networks, if --data holds
+    training images, and then needs pip install 'weakspot[train]'.
     """
     from weakspot.reproduction import PAPERS
 
@@ -177,7 +178,9 @@ def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages 
     given = {"size": classifier.input_size, "channels": classifier.channels}
     try:
         test = read_labeled(folder, split="test", **given)  # type: ignore[arg-type]
-    except (ValueError, FileNotFoundError):
+    except (ValueError, FileNotFoundError) as error:
+        if array_folder(folder) is not None:
+            raise Failure(str(error), UNREADABLE) from None
         return None
     if test.shape != (classifier.channels, *classifier.input_size):
         wanted = f"{test.shape[1]}x{test.shape[2]}"
@@ -188,8 +191,10 @@ def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages 
         )
     try:
         return test, read_labeled(folder, split="train", **given)  # type: ignore[arg-type]
-    except (ValueError, FileNotFoundError):
+    except FileNotFoundError:
         return test, None
+    except ValueError as error:
+        raise Failure(str(error), UNREADABLE) from None
 
 
 def _photographs(session: Session, folder: Path | None, count: int, seed: int) -> Tensor:

@@ -48,15 +48,18 @@ def read_labeled(
     if path.suffix == ".npz":
         return read_npz(path, split)
     if path.is_dir():
-        # Archives often unpack to a folder in a folder.
-        for folder in (path, *(inner for inner in sorted(path.iterdir()) if inner.is_dir())):
-            if has_idx(folder):
-                return read_idx_folder(folder, split)
-            if has_cifar(folder):
-                return read_cifar_folder(folder, split)
+        arrays = array_folder(path)
+        if arrays is not None:
+            return read_idx_folder(arrays, split) if has_idx(arrays) else read_cifar_folder(arrays, split)
         if any(_has_classes(root) for root in (path, *(path / name for name in SPLIT_NAMES))):
             return _read_class_folders(path, split, size, channels)
     raise ValueError(f"data must be {FORMS}, got {path}")
+
+
+def array_folder(path: Path) -> Path | None:
+    """The folder with MNIST's or CIFAR's files: this one, or one in it, because archives often unpack to that."""
+    folders = (path, *(inner for inner in sorted(path.iterdir()) if inner.is_dir()))
+    return next((folder for folder in folders if has_idx(folder) or has_cifar(folder)), None)
 
 
 def _read_class_folders(
