@@ -81,6 +81,20 @@ def failing(classifier):
 
 
 number = 3
+
+
+class OneAtATime(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        assert len(images) == 1
+        return self.model(images)
+
+
+def one_at_a_time(model):
+    return OneAtATime(model)
 """
 
 BETWEEN = """
@@ -374,6 +388,11 @@ def test_folders_without_class_names_stand_for_classes_in_sorted_order(
         ("FOREIGN:nothing", [], "must return a torch.nn.Module that takes images in [0, 1]"),
         ("FOREIGN:number", [], "must be a function of the undefended classifier, got int"),
         ("FOREIGN:failing", [], "RuntimeError: no such luck"),
+        (
+            "FOREIGN:one_at_a_time",
+            [],
+            "must take the images of model, of shape (3, 64, 64) each, and return logits",
+        ),
         ("FOREIGN:rounded", ["steps=2"], "TypeError"),
         ("neutralize", ["fractoin=0.1"], "did you mean 'fraction'?"),
         ("neutralize", ["fraction"], "--set must be NAME=VALUE, got 'fraction'"),

@@ -330,3 +330,12 @@ def test_inference_mode_changes_no_result() -> None:
 def test_a_verdict_needs_the_table_of_an_evaluation(table: Any) -> None:
     with pytest.raises(ValueError, match="table must be one that evaluate_defense returned, got"):
         verdict(table)
+
+
+def test_copies_of_an_image_count_once() -> None:
+    model, images, labels = fragile()
+    judge = partial(evaluate_defense, model, model, budget=Linf(0.01), steps=2, queries=5)
+    once = judge(images[:2], labels[:2])
+    copies = judge(images[:2].repeat(15, 1, 1, 1), labels[:2].repeat(15))
+    pd.testing.assert_frame_equal(once, copies)
+    assert set(copies["images"]) == {2}

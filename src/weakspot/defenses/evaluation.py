@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from weakspot.budgets import Budget
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
 from weakspot.defenses.verdicts import AttackRow
+from weakspot.images import first_copies
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,8 +76,8 @@ def evaluate_defense(
     Args:
         model: the undefended classifier.
         defended: the defended one, such as `neutralizing(model)`.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,).
+        images: (N, C, H, W) in [0, 1]. Copies of an image, which are no independent evidence, are left out.
+        labels: (N,); of copies, that of the first counts.
         budget: of every attack. Default: `Linf(4 / 255)`.
         steps: of each PGD restart.
         fraction: of the image that the attack inside the region of importance may change.
@@ -95,7 +97,7 @@ def evaluate_defense(
         still classifies correctly. For gradient attacks, "agreement" is the fraction of images whose gradients predict
         the defended model's margin at a random point (`agreement`), and "agreement_at_end" the fraction, of the images
         that withstand all gradient attacks, whose gradients still lower the margin where the attack ended (`leads_on`).
-        "images" is N.
+        "images" is the number of different images.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -144,21 +146,32 @@ def _checked(
         images = rounded(check_images(images, classifier))
         classes = predict(classifier, images[:1]).shape[1]
         check_classes(labels, len(images), classes)
-        labels = labels.to(images.device, torch.long, copy=True)
+        distinct = torch.from_numpy(np.unique(first_copies(images))).to(images.device)
+        images, labels = images[distinct], labels.to(images.device, torch.long)[distinct]
     for name, network in (("defended", defended), ("substitute", substitute)):
         if network is not None and network is not model:
-            _check_network(name, network, images[:1], classes)
+            check_network(name, network, images[:2], classes)
     return images, labels
 
 
-def _check_network(name: str, network: nn.Module, image: Tensor, classes: int) -> None:
-    """Raises ValueError unless the network takes the image and has as many classes."""
+def check_network(name: str, network: nn.Module, images: Tensor, classes: int) -> None:
+    """Check that a network takes images, all at once, and has as many classes.
+
+    Args:
+        name: of the network in the message.
+        network: a defense or a substitute.
+        images: (N, C, H, W), two or more.
+        classes: of the undefended model.
+
+    Raises:
+        ValueError: if not.
+    """
     with evaluating(network) as classifier:
         try:
-            logits = predict(classifier, classifier.filled(image))
+            logits = predict(classifier, classifier.filled(images))
         except Exception as error:
             raise ValueError(
-                f"{name} must take the images of model, of shape {tuple(image.shape[1:])}, and return logits; "
+                f"{name} must take the images of model, of shape {tuple(images.shape[1:])} each, and return logits; "
                 f"it raised {describe_error(error)}"
             ) from error
     if logits.shape[1] != classes:

@@ -102,7 +102,7 @@ def unit_sensitivity(
     Args:
         model: any classifier. It is not changed.
         layer: a module whose output is a map; the units of tokens are their channels.
-        pairs: at least two pairs, or an iterable of batches of pairs.
+        pairs: at least two pairs of different images, which p takes as independent; or an iterable of batches of them.
         noises: draws of noise for each pair.
         seed: of the noise.
         batch_size: pairs at once; changes no result.

@@ -11,6 +11,7 @@ from weakspot._progress import ProgressOption, shown
 from weakspot._state import EvalMode, copied, in_train_mode, preserve_random_state
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import LabeledImages
+from weakspot.statistics.number_format import counted
 from weakspot.training.checkpoint import Record, find_earlier, make_record
 from weakspot.training.config import TrainConfig
 from weakspot.training.data import TrainingData, as_labeled
@@ -174,6 +175,8 @@ def _check_fit(classifier: Classifier, data: LabeledImages) -> None:
 def _check_batches(batch_size: int, images: int, processes: int) -> None:
     """Raises ValueError unless there are images for a batch, and equal parts of it for all processes."""
     if images < batch_size:
-        raise ValueError(f"batch_size must be at most the {images} images to train on, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be at most the {counted(images)} to train on, got {batch_size} (give a smaller one)"
+        )
     if batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}")
