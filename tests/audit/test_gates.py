@@ -137,3 +137,22 @@ def test_characters_beyond_the_first_plane_are_kept() -> None:
 def test_a_sum_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="fail-if"):
         Condition("+".join(["images"] * 5000) + " > 1", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("condition", "failed"),
+    [
+        ("attack == 'pgd' and low < 0.1", False),
+        ("attack == 'pgd' or attack == 'fgsm'", True),  # which holds
+        ("attack == 'fgsm' and low < 0.1", True),
+        ("'fgsm' == attack and low < 0.1", True),
+        ("(attack == 'fgsm' or attack == 'pgd') and low < 0.1", False),
+        ("attack != 'fgsm' and low < 0.1", False),
+    ],
+)
+def test_a_gate_on_what_no_row_has_does_not_pass(condition: str, failed: bool) -> None:
+    """An attack of another name would disarm it."""
+    (verdict,) = judge([condition], pd.DataFrame([ROW]), str)
+    assert verdict.failed == failed
+    if "'fgsm'" in condition and "'pgd'" not in condition and failed:
+        assert "no row has attack 'fgsm'" in verdict.why

@@ -293,3 +293,18 @@ def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, t
     ended = run("compare", there, there)
     assert ended.code == 0, ended.err
     assert "No change of robust accuracy beyond chance" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("condition", "code", "why"),
+    [
+        ("high < 0", 3, "cannot be judged: The runs have no attack and region in common"),
+        ("score == 'robust_accuracy' and high < 0", 3, "no row has score 'robust_accuracy'"),
+        ("score == 'clean_accuracy' and after < 0", 0, ""),
+    ],
+)
+def test_a_gate_on_what_was_not_compared_does_not_pass(
+    run: Run, audited: Path, condition: str, code: int, why: str
+) -> None:
+    ended = run("compare", audited / "one", audited / "two", "--fail-if", condition)
+    assert (ended.code, why in ended.err) == (code, True), ended.err

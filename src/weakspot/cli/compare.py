@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +24,7 @@ from weakspot.statistics.number_format import counted, number, p_value
 
 if TYPE_CHECKING:
     from weakspot.audit.findings.comparison import Comparison
+    from weakspot.audit.findings.gates import Verdict
 
 Row = Mapping[str, object]  # of a table
 LEAST_NAME = 12  # characters of a name in a table
@@ -66,7 +67,10 @@ def compare(
         shortfalls = [f"{run.name}: {run.shortfall}" for run in runs if run.shortfall]
         comparison = compare_runs(*runs)
         result = gate.evaluate(
-            lambda conditions: judge(conditions, comparison.table, _row_name),
+            lambda conditions: [
+                *judge(conditions, comparison.table, _row_name),
+                *_not_compared(conditions, comparison),
+            ],
             f"compare {before} {after}",
             shortfalls,
         )
@@ -77,6 +81,20 @@ def compare(
     elif not output.quiet:
         _print(comparison, every=every)
     result.announce(silent=output.silent)
+
+
+def _not_compared(conditions: Sequence[str], comparison: Comparison) -> list[Verdict]:
+    """Failures of conditions on all scores where no score under an attack could be compared."""
+    from weakspot.audit.findings.gates import Condition, Verdict
+
+    if comparison.table["attack"].ne("").any():
+        return []
+    why = f"cannot be judged: {comparison.sentence()}"
+    return [
+        Verdict(text, "robust accuracy", True, f"{text} {why}")
+        for text in conditions
+        if "score" not in Condition(text).names
+    ]
 
 
 def _row_name(row: Row) -> str:

@@ -70,6 +70,9 @@ class Condition:
         self.text = text.strip()
         self.names: list[str] = []
         self.limits: list[float] = []
+        self.asked: dict[
+            str, set[str]
+        ] = {}  # of each column, the texts that it is compared with for equality
         try:
             self._tree = ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -101,6 +104,20 @@ class Condition:
                 parts = [*node.values]  # noqa: PD011 - a syntax tree
             case ast.Compare():
                 parts = [node.left, *node.comparators, *node.ops]
+                match node:
+                    case (
+                        ast.Compare(
+                            left=ast.Name(id=column),
+                            ops=[ast.Eq()],
+                            comparators=[ast.Constant(value=str(text))],
+                        )
+                        | ast.Compare(
+                            left=ast.Constant(value=str(text)),
+                            ops=[ast.Eq()],
+                            comparators=[ast.Name(id=column)],
+                        )
+                    ):
+                        self.asked.setdefault(column, set()).add(text)
             case ast.BinOp():
                 parts = [node.left, node.right, node.op]
             case ast.UnaryOp():
@@ -196,7 +213,7 @@ def judge(
     """Evaluate every condition on every row. The gate fails if any verdict does.
 
     Args:
-        conditions: texts.
+        conditions: texts. One that asks for a text which no row has in that column fails.
         rows: the rows to check.
         name: names a row for the reader.
         undefined: the columns that a row cannot have, for example the robust accuracy of an attack without one. A
@@ -216,7 +233,16 @@ def judge(
             for place, row in enumerate(table)
             if condition.applies_to(row, undefined(row))
         ]
-        if not judged:
+        absent = [
+            f"no row has {column} {' or '.join(map(repr, sorted(texts)))}"
+            for column, texts in condition.asked.items()
+            if texts.isdisjoint(str(row[column]) for row in table)
+        ]
+        if absent:
+            # A gate on what is not there, such as an attack of another name, would pass whatever happens.
+            why = f"{condition.text} could be judged on no row: {'; '.join(absent)}"
+            judged = [Verdict(condition.text, "nothing", True, why)]
+        elif not judged:
             why = f"there is no row on which {condition.text} could be judged"
             if table:
                 names = ", ".join(dict.fromkeys(one for one in condition.names if one in undefined(table[0])))
