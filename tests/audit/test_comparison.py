@@ -312,5 +312,5 @@ def test_a_run_without_records_is_refused(before: Run, pictures: Path) -> None:
     assert not (out / "records.parquet").exists()
     assert not list(out.glob("shards/*.parquet"))
     for pair in ((before, open_run(out)), (open_run(out), before)):
-        with pytest.raises(ValueError, match=r"begun has no records yet$"):
+        with pytest.raises(ValueError, match=r"begun has no finished shard yet; continue it with"):
             compare(*pair)

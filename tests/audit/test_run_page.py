@@ -259,13 +259,14 @@ def test_an_incomplete_run_states_how_much_is_done(
         audit(small_plan(pictures), networks / "cut")
     shard_files(networks / "cut")[1].unlink()
     read = Reader(run_report(open_run(networks / "cut")))
-    assert "This audit is not complete: 10 of 14 images are done" in read.text
+    assert "This audit is not complete: 10 of 14 images are in finished shards" in read.text
     assert set(read.frame("robust")["images"]) == {"10"}
     for shard in (networks / "cut/shards").iterdir():
         shard.unlink()
     bare = run_report(open_run(networks / "cut"))
-    assert "0 of 14 images are done" in bare
-    assert "There are no records yet." in bare
+    assert "0 of 14 images are in finished shards" in bare
+    assert "No shard is finished yet." in bare
+    assert "duckdb" not in bare
 
 
 QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
@@ -314,7 +315,7 @@ def test_a_run_without_a_readable_image_has_a_page(networks: Path) -> None:
     read = Reader(run_report(audit(small_plan(broken, attacks=QUICK), folder)))
     assert "No image could be read." in read.text
     assert "skipped because they could not be read" in read.text
-    assert "There are no records yet." not in read.text
+    assert "No shard is finished yet." not in read.text
 
 
 def test_a_network_that_returns_nan_has_a_page(networks: Path, pictures: Path) -> None:

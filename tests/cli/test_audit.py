@@ -242,7 +242,9 @@ def test_a_comparison_with_an_incomplete_audit_fails_the_gate(
     assert ended.code == 4
     assert "made: the audit lacks " in ended.err
     assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "1"  # noqa: S314
-    assert run("compare", "whole", "whole", *gate).code == 0
+    whole = run("compare", "whole", "whole", *gate)
+    assert whole.code == 3
+    assert "no row has score 'nothing'" in whole.err
 
 
 def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -462,4 +464,4 @@ def test_an_image_without_finite_logits_is_named_and_left_out_of_the_accuracy(
     failures = [line for line in ended.out.splitlines() if line.startswith("failed ")]
     assert failures == ["failed bright.png: the model returned NaN or infinity for the clean image"]
     page = (tmp_path / "made/report.html").read_text()
-    assert "correctly classified without an attack (of 4 images with a result)" in page
+    assert "classified as their label without an attack (of 4 images with a result)" in page

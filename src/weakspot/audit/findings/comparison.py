@@ -12,6 +12,7 @@ from weakspot.audit.findings.scores import ATTACK_SCORES
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.run_info import resume_command
 from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
 from weakspot.statistics.number_format import counted, percent, points
 
@@ -118,11 +119,13 @@ def compare(before: Run, after: Run) -> Comparison:
     name, budget and settings are, whether a default is written out or not; regions if their text is.
 
     Raises:
-        ValueError: if the runs have no image in common, a run has no records yet, or `eight_bit` differs.
+        ValueError: if the runs have no image in common, a run has no finished shard yet, or `eight_bit` differs.
     """
     for run in (before, after):
         if not run.has_records:
-            raise ValueError(f"{run.name} has no records yet")
+            raise ValueError(
+                f"{run.name} has no finished shard yet; continue it with {resume_command(run.name)}"
+            )
     if before.eight_bit != after.eight_bit:
         raise ValueError(
             f"eight_bit must be the same for both runs, got {before.eight_bit} for {before.name} and {after.eight_bit} "
@@ -287,7 +290,7 @@ def _facts(run: Run) -> dict[str, object]:
         "seed": run.plan.seed,
         "fraction": run.plan.fraction,
         "input size": info.model.input_size if info.model else (),
-        "labels": ", ".join(sorted(info.labels)),
+        "source of labels": ", ".join(sorted(info.labels)),
         "weakspot": info.versions.get("weakspot"),
         "torch": info.versions.get("torch"),
     }

@@ -43,6 +43,7 @@ from weakspot.audit.page.thumbnails import square_thumbnails, thumbnails
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.run_info import resume_command
 from weakspot.report.rendering import base64_text, rendered
 from weakspot.statistics.number_format import counted, number, percent, with_interval
 
@@ -119,14 +120,16 @@ def run_report(run: Run) -> str:
     return run_page(header, sections, _made(run), _queries(run))
 
 
-def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str], queries: Queries) -> str:
+def run_page(
+    header: Header, sections: Sequence[Section], made: Mapping[str, str], queries: Queries | None
+) -> str:
     """The page as HTML; all text from outside is escaped.
 
     Args:
         header: the top of the page.
         sections: in this order.
         made: how the run was made, name to value.
-        queries: how to query it further.
+        queries: how to query it further; None without records.
     """
     charts = [chart for section in sections for chart in section.charts]
     specs = [dict(chart.spec) for chart in charts]
@@ -177,7 +180,9 @@ def _compressed(text: str) -> str:
     return base64_text(zlib.compress(text.encode("utf-8"), 9))
 
 
-def _queries(run: Run) -> Queries:
+def _queries(run: Run) -> Queries | None:
+    if not run.has_records:
+        return None
     records = quoted(f"{run.name}/records.parquet" if run.complete else f"{run.name}/shards/*.parquet")
     query = f"select attack, region, avg(success_8bit::int) as fooled from {records} group by all"
     # Double quotes read better, but the shell expands some characters inside them.
@@ -228,13 +233,14 @@ def _sections(run: Run, summary: Summary, places: WeakPlaces | None) -> list[Sec
 def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None) -> Header:
     title = f"Where is {run.info.model.name if run.info.model else run.plan.model.spec} weak?"
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
-    subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
+    each = "each " if len(run.plan.attacks) > 1 else ""
+    subtitle = f"{attacks}; {each}in {counted(len(run.plan.reported_regions), 'region')}."
     skipped = len(run.skipped)
     done = skipped + (summary.images + summary.copies if summary else 0)
     warning = _warning(run, done, summary.remarks if summary else run.remarks)
     unread = (f"{skipped:,}", "skipped because they could not be read" if skipped else "skipped")
     if summary is None or not summary.images:
-        nothing = "No image could be read." if run.complete else "There are no records yet."
+        nothing = "No image could be read." if run.complete else "No shard is finished yet."
         return Header(title, subtitle, warning, [unread] if skipped else [], [nothing])
     facts = [*_facts(summary), unread]
     labels = f"Labels: {summary.labels}."
@@ -262,9 +268,9 @@ def _warning(run: Run, done: int, remarks: Sequence[str]) -> str:
         else:
             images = f"{done:,} of {counted(run.info.images.listed)}" if run.info.images else counted(done)
             shortfall = (
-                f"This audit is not complete: {images} {'is' if done == 1 else 'are'} done, and all numbers are about "
-                f"{'it' if done == 1 else 'those'}. "
-                f"Continue it with weakspot audit --resume {shlex.quote(run.name)}."
+                f"This audit is not complete: {images} {'is' if done == 1 else 'are'} in finished shards, and all "
+                f"numbers are about {'it' if done == 1 else 'those'}. What is saved of other shards counts once you "
+                f"continue it with {resume_command(run.name)}."
             )
     return " ".join([*([shortfall] if shortfall else []), *remarks])
 
@@ -278,7 +284,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
     if not math.isnan(summary.clean_accuracy):
         which = f" (of {counted(summary.known)} with a result)" if summary.known < summary.images else ""
-        facts.append((percent(summary.clean_accuracy), f"correctly classified without an attack{which}"))
+        facts.append((percent(summary.clean_accuracy), f"classified as their label without an attack{which}"))
     if judged:
         worst = min(judged, key=lambda cell: cell.robust_accuracy)
         accuracy = with_interval(worst.robust_accuracy, worst.low, worst.high)

@@ -194,7 +194,7 @@ class RunInfo:
         Args:
             name: the run's folder or URL.
         """
-        command = f"weakspot audit --resume {shlex.quote(name)}"
+        command = resume_command(name)
         if not self.complete and self.missing is not None and self.images is not None:
             names = ", ".join(self.missing.names)
             more = ", ..." if self.missing.images > len(self.missing.names) else ""
@@ -211,6 +211,11 @@ class RunInfo:
                 f"once {exist}"
             )
         return ""
+
+
+def resume_command(name: str) -> str:
+    """The command that continues the audit of a folder or URL."""
+    return f"weakspot audit --resume {shlex.quote(name)}"
 
 
 def versions() -> dict[str, str]:

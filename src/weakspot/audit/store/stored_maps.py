@@ -135,7 +135,12 @@ class StoredMap:
             # Zarr reports a failed CRC32C as a ValueError.
             if "checksum" not in str(error):
                 raise
-            raise DamagedError(f"{self.array.store_path} is damaged: {error}") from error
+            from zarr.storage import LocalStore
+
+            # Some servers of files answer a request for a part with the whole.
+            remote = not isinstance(self.array.store, LocalStore)
+            why = ", or its server does not send parts of files" if remote else ""
+            raise DamagedError(f"the map {self.array.path} is damaged{why}: {error}") from error
         if values.dtype != np.float16:
             return values
         if self.scale is None:
