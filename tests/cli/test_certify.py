@@ -48,7 +48,7 @@ def test_the_planted_pixel_alone_is_refuted(
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == (
-        "Of 256 pixels in 4 correctly classified images, each alone in any 8-bit color: 252 proven (float32 as run), 4 "
+        "Of 256 pixels in 4 images, each alone in any 8-bit color: 252 proven (float32 as run), 4 "
         "refuted, 0 unknown; a color that changes the class was found in 4 images."
     )
     for name in NAMES:
@@ -181,7 +181,7 @@ def test_a_limit_draws_images_and_the_trial_says_what_it_is(
 ) -> None:
     ended = run("certify", photographs, *PIXEL, "--colors", "8bit", "--limit", 2, "--out", "made")
     assert ended.code == 0, ended.err
-    assert "Of 128 pixels in 2 correctly classified images" in ended.out
+    assert "Of 128 pixels in 2 images" in ended.out
     assert len(json.loads((tmp_path / "made/certificate.json").read_text())["names"]) == 2
     ended = run("certify", photographs, *PIXEL, "--colors", "8bit", "--quick", "--region", "border:1")
     assert "--quick: at most 16 images, which shows that it works, not how well." in ended.out
@@ -265,3 +265,20 @@ def test_images_of_many_pixels_are_announced(
     assert "take long" not in ended.err
     ended = run("certify", photographs / NAMES[0], *options)
     assert "6,000 pixels an image take long (--region asks about fewer, --time sets a limit)" in ended.err
+
+
+def test_names_of_a_strangers_certificate_are_checked(
+    run: Run, photographs: Path, tmp_path: Path, planted: None
+) -> None:
+    assert run("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made").code == 0
+    path = tmp_path / "made/certificate.json"
+    record = json.loads(path.read_text())
+    assert "is another image" not in run("certify", "--check", path, *PIXEL).err
+    path.write_text(json.dumps({**record, "names": record["names"][::-1]}))
+    ended = run("certify", "--check", path, *PIXEL)
+    assert ended.err.count("is another image than in that file") == 4
+    for name in ("", str(photographs)):
+        path.write_text(json.dumps({**record, "names": [name] * 4}))
+        ended = run("certify", "--check", path, *PIXEL)
+        assert ended.code == 2
+        assert f"names must be image files, got {name!r}" in ended.err

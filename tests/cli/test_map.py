@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -94,17 +95,17 @@ def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path
 
 
 NONE_FOUND = "No square was found in {}; this does not mean that none exists."
-FOUND = "correctly classified images, a square that is enough was found; "
+FOUND = "images, a square that is enough was found; "
 
 
 @pytest.mark.parametrize(
     ("sides", "sentence"),
     [
-        ([None], NONE_FOUND.format("the one correctly classified image")),
-        ([None] * 2, NONE_FOUND.format("any of 2 correctly classified images")),
+        ([None], NONE_FOUND.format("the one image")),
+        ([None] * 2, NONE_FOUND.format("any of 2 images")),
         (
             [1],
-            "In the one correctly classified image, a square that is enough was found; it is 1 pixel wide.",
+            "In the one image, a square that is enough was found; it is 1 pixel wide.",
         ),
         ([7, None], f"In 1 of 2 {FOUND}it is 7 pixels wide."),
         ([3, 6], f"In 2 of 2 {FOUND}at least half of these squares are at most 3 pixels wide."),
@@ -113,7 +114,11 @@ FOUND = "correctly classified images, a square that is enough was found; "
 )
 def test_the_summary_is_true_of_one_two_and_no_squares(sides: list[int | None], sentence: str) -> None:
     columns = {"label": "a", "classified_as": "a", "side": pd.array(sides, dtype="Int64")}
-    assert _summary(pd.DataFrame(columns)) == sentence
+    table = pd.DataFrame(columns)
+    assert _summary(table) == sentence
+    wrong = pd.DataFrame({"label": ["a"], "classified_as": ["b"], "side": pd.array([None], dtype="Int64")})
+    said = _summary(pd.concat([table, wrong]))
+    assert said == re.sub("(of \\d|the one) image", r"\1 correctly classified image", sentence)
 
 
 def test_zero_gradients_are_counted_once_over_all_images(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -140,3 +145,26 @@ def test_bad_options_are_refused_in_one_sentence(
 ) -> None:
     ended = run("map", photographs, *TINY, *options)
     assert (ended.code, message in ended.err) == (2, True), ended.err
+
+
+def test_a_long_name_loses_no_map(run: Run, photographs: Path, tmp_path: Path) -> None:
+    long = photographs / f"{'貓' * 80}.png"  # 244 bytes
+    (photographs / "chelsea.png").rename(long)
+    (tmp_path / "planted.py").write_text(PLANTED)
+    ended = run("map", long, "--model", "planted:patch", "--size", "64x64", "--grid", 2, "--out", "made")
+    assert ended.code == 0, ended.err
+    (picture,) = (tmp_path / "made/maps").iterdir()
+    assert picture.name == f"0001 {'貓' * 50}.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "got an empty name"),
+        ("http://127.0.0.1/cat.png", "got http://127.0.0.1/cat.png (URLs are not read"),
+    ],
+)
+def test_what_is_no_path_is_not_taken_for_one(run: Run, name: str, message: str) -> None:
+    ended = run("map", name, "--model", "nothing:build")
+    assert ended.code == 4
+    assert message in ended.err

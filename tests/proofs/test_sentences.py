@@ -79,7 +79,7 @@ def test_nothing_is_said_of_pixels_outside_the_region_or_of_a_misclassified_imag
     inside = replace(made, region=region)
     assert pixel_sentence(inside, 0, 0, NAMES).startswith("At 1 pixel of the region, no color turns 'cat'")
     assert pixels_summary(inside, [True]) == (
-        "Of 1 pixel of the region in 1 correctly classified image, each alone in any color: 1 proven (float32 as run), "
+        "Of 1 pixel of the region in 1 image, each alone in any color: 1 proven (float32 as run), "
         "0 refuted, 0 unknown; a color that changes the class was found in 0 images."
     )
     assert pixel_sentence(replace(made, region=region & False), 0, 0) == "The region holds no pixel."
@@ -94,7 +94,7 @@ def test_what_is_unknown_or_was_not_asked_is_not_denied() -> None:
     """No color was found, of those that are allowed: others may turn the image."""
     made = certificate([[0, 0]], colors=NEAR, reasons=("the time was up",))
     assert pixels_summary(made, [True]) == (
-        "Of 2 pixels in 1 correctly classified image, each alone in any 8-bit color within 8/255 of the pixel's own: 0 "
+        "Of 2 pixels in 1 image, each alone in any 8-bit color within 8/255 of the pixel's own: 0 "
         "proven (float32 as run), 0 refuted, 2 unknown; a color that changes the class was found in 0 images."
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
 
 import torch
@@ -68,6 +69,19 @@ class Failure(Exception):  # noqa: N818 - a mistake of the user, not of the prog
     def __init__(self, sentence: str, code: int = USAGE) -> None:
         super().__init__(sentence)
         self.code = code
+
+
+def read_path(text: str) -> Path:
+    """The path of images that were named."""
+    if not text:
+        raise Failure(
+            "IMAGES must be files or folders, got an empty name (an empty shell variable?)", UNREADABLE
+        )
+    if re.match(r"\w+://", text):
+        raise Failure(
+            f"IMAGES must be files or folders, got {text} (URLs are not read; download it first)", UNREADABLE
+        )
+    return Path(text)
 
 
 class Commands(TyperGroup):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
-from weakspot.cli.app import GATE_FAILED, Failure, command, note, one_line
+from weakspot.cli.app import GATE_FAILED, Failure, command, note
 from weakspot.cli.attack_choice import Aim, AimOptions, Labels, find_labels, find_region
 from weakspot.cli.options import (
     QUICK_IMAGES,
@@ -34,7 +34,7 @@ from weakspot.cli.options import (
     refuse_fraction,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
+from weakspot.cli.output import json_rows, picture_names, print_sentences, print_text, shorten_name
 from weakspot.cli.session import Images, Session, check_output, check_sources, draw_rows, open_session
 from weakspot.images import are_samples
 from weakspot.proofs import (
@@ -165,10 +165,10 @@ def certify(
         # Before the new certificate replaces the one that names the earlier files.
         remove_earlier(out)
         certificate.to_json(out / FILES[0])
-        if isinstance(certificate, PixelCertificate):
-            draw_pictures(out / FILES[1], certificate, scores)
-            save_pairs(out / FILES[3], certificate)
         write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
+        if isinstance(certificate, PixelCertificate):
+            save_pairs(out / FILES[3], certificate)
+            draw_pictures(out / FILES[1], certificate, scores)
 
     def show() -> None:
         print_sentences(scores, summary)
@@ -207,10 +207,18 @@ def _check(
 ) -> None:
     """Check a certificate, and exit with the code of a failed gate if it does not hold."""
     file = CertificateFile.open(path)
-    if not sources and not samples:
-        sources = [Path(name) for name in file.texts("names")]
-        if not sources:
+    named = not sources and not samples
+    if named:
+        names = file.texts("names")
+        if not names:
             raise Failure(f"{path} names no images (give the images that it is about)")
+        # A file of somebody else's must not make this program read folders.
+        for name in names:
+            if not name or Path(name).is_dir():
+                raise Failure(
+                    f"{path}: names must be image files, got {name!r} (give the images that it is about)"
+                )
+        sources = [Path(name) for name in names]
         samples = are_samples(sources)
         sources = [] if samples else sources
     check_sources(sources, samples=samples)
@@ -218,7 +226,7 @@ def _check(
         read = session.read_images(sources, samples=samples)
         step = session.display.step("checking the certificate", counted=False)
         found = check_certificate(session.classifier, path, read.pixels, progress=step)
-        for remark in found.notes:
+        for remark in (*found.notes, *(file.misnamed(read.paths, read.pixels) if named else ())):
             note(f"{path}: {remark}")
 
     lines = [found.sentence, *(f"- {problem}" for problem in found.problems[1:])]
@@ -297,15 +305,6 @@ def _patch_scores(
         }
     )
     return scores, certificate.sentence
-
-
-def picture_names(images: Sequence[str]) -> list[str]:
-    """The file name of the picture of each image.
-
-    >>> picture_names(["photos/cat.jpg", "dog.png"])
-    ['0001 cat.png', '0002 dog.png']
-    """
-    return [f"{number:04} {Path(one_line(name)).stem}.png" for number, name in enumerate(images, start=1)]
 
 
 def remove_earlier(out: Path) -> None:

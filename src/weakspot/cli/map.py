@@ -30,7 +30,7 @@ from weakspot.cli.options import (
     refuse,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
+from weakspot.cli.output import json_rows, picture_names, print_sentences, print_text, shorten_name
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
 from weakspot.report.robustness_figures import SpotView, spot_figure
 from weakspot.statistics.number_format import counted
@@ -104,9 +104,9 @@ def map(  # noqa: A001 - the name of the command
         )  # fmt: skip
         scores = _table(classifier, read.names, squares, spots)
         session.display.step("writing")
-        pictures = _draw(out / FILES[0], scores, squares, spots)
         write_atomic(out / "scores.csv", partial(scores.to_csv, index=False))
         squares.pairs.save(out / "pairs.safetensors")
+        pictures = _draw(out / FILES[0], scores, squares, spots)
 
     def show() -> None:
         print_sentences(scores, _summary(scores))
@@ -168,6 +168,7 @@ def _table(
 def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: WeakSpots) -> Path:
     """Write a picture of each image."""
     folder.mkdir(exist_ok=True)
+    names = picture_names(scores["image"].tolist())
     for number, row in scores.iterrows():
         index = int(str(number))
         side, top, left = (int(values[index]) for values in (squares.side, squares.top, squares.left))
@@ -180,8 +181,7 @@ def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: We
             spots.max_size,
         )
         figure = spot_figure(view, shorten_name(row["image"], 60), row["sentence"])
-        path = folder / f"{index + 1:04} {Path(row['image']).stem}.png"
-        write_atomic(path, partial(figure.savefig, dpi=130, format="png"))
+        write_atomic(folder / names[index], partial(figure.savefig, dpi=130, format="png"))
     return folder
 
 
@@ -191,19 +191,18 @@ def _summary(scores: pd.DataFrame) -> str:
     if not len(correct):
         return "No image is classified as its label without a change."
     found = correct["side"].dropna()
+    kind = "image" if len(correct) == len(scores) else "correctly classified image"
     if not len(found):
-        images = "the one correctly classified image"
-        if len(correct) > 1:
-            images = f"any of {len(correct)} correctly classified images"
+        images = f"any of {counted(len(correct), kind)}" if len(correct) > 1 else f"the one {kind}"
         return f"No square was found in {images}; this does not mean that none exists."
     if len(correct) == 1:
         side = counted(int(found.iloc[0]), "pixel")
-        return f"In the one correctly classified image, a square that is enough was found; it is {side} wide."
+        return f"In the one {kind}, a square that is enough was found; it is {side} wide."
     # The smaller one of two in the middle is still at least as large as half of them.
     sides = sorted(found.astype(int))
     half = sides[(len(sides) - 1) // 2]
     width = f"it is {half}" if len(sides) == 1 else f"at least half of these squares are at most {half}"
     return (
-        f"In {len(found)} of {len(correct)} correctly classified images, a square that is enough was found; {width} "
+        f"In {len(found)} of {counted(len(correct), kind)}, a square that is enough was found; {width} "
         f"{'pixel' if half == 1 else 'pixels'} wide."
     )

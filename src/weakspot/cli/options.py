@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from weakspot.budgets.parse import BUDGETS, read_amount
-from weakspot.cli.app import UNREADABLE, Failure
+from weakspot.cli.app import UNREADABLE, Failure, read_path
 from weakspot.datasets.labels import LABEL_FILE
 from weakspot.regions.spec import REGIONS, RegionSpec, region_forms
 
@@ -48,13 +48,15 @@ def flag(form: str, text: str, *, panel: str | None = None) -> OptionInfo:
     return option(f"{form} ", text, panel=panel)
 
 
-def argument(form: str, text: str) -> ArgumentInfo:
+def argument(form: str, text: str, *, parser: Callable[[str], Path] | None = None) -> ArgumentInfo:
     """A positional argument; `form` is what the help calls it."""
-    made: ArgumentInfo = typer.Argument(help=text, metavar=form, show_default=False)
+    made: ArgumentInfo = typer.Argument(help=text, metavar=form, show_default=False, parser=parser)
     return made
 
 
-ImagesArgument = Annotated[list[Path] | None, argument("IMAGES", "Image files or folders of images.")]
+ImagesArgument = Annotated[
+    list[Path] | None, argument("IMAGES", "Image files or folders of images.", parser=read_path)
+]
 SamplesOption = Annotated[bool, flag("--samples", "Use the four photographs that come with scikit-image.")]
 LabelsOption = Annotated[
     str | None,

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import torch
@@ -231,3 +232,14 @@ def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:
 def print_json(document: object) -> None:
     """Print a JSON document to standard output."""
     typer.echo(json.dumps(document, indent=2))
+
+
+def picture_names(images: Sequence[str]) -> list[str]:
+    """The file name of the picture of each image.
+
+    >>> picture_names(["photos/cat.jpg", "dog.png"])
+    ['0001 cat.png', '0002 dog.png']
+    """
+    # Bytes, because systems allow 255 of them in a name, and files are written under a longer one first.
+    stems = [Path(one_line(name)).stem.encode()[:150].decode(errors="ignore") for name in images]
+    return [f"{number:04} {stem}.png" for number, stem in enumerate(stems, start=1)]

@@ -123,6 +123,13 @@ class CertificateFile:
                 )
         return images[[known[key] for key in wanted]]
 
+    def misnamed(self, names: Sequence[str], images: Tensor) -> Iterator[str]:
+        """The names that the certificate gives to other images than those of these names, (N, C, H, W)."""
+        held = {name: digest(image) for name, image in zip(names, images, strict=True)}
+        for name, content in zip(self.texts("names"), self.texts("images"), strict=True):
+            if held.get(name) != content:
+                yield f"what it calls {name} is another image than in that file"
+
     def altered(self, record: Mapping[str, object]) -> Iterator[str]:
         """Parts that are not what `to_json` writes of the certificate that was read.
 

@@ -87,9 +87,10 @@ def pixels_summary(certificate: PixelCertificate, correct: Sequence[bool]) -> st
         int(((certificate.status[rows] == status) & inside).sum()) for status in (PROVEN, REFUTED, UNKNOWN)
     )
     weak = int(((certificate.status[rows] == REFUTED) & inside).flatten(1).any(1).sum())
+    noun = "image" if all(correct) else "correctly classified image"
     part = "" if bool(inside.all()) else " of the region"
     return (
-        f"Of {counted(total, 'pixel')}{part} in {counted(len(rows), 'correctly classified image')}, each alone in any "
+        f"Of {counted(total, 'pixel')}{part} in {counted(len(rows), noun)}, each alone in any "
         f"{color_words(certificate.colors)}: {proven:,} proven ({certificate.statement}), {refuted:,} refuted, "
         f"{unknown:,} unknown; a color that changes the class was found in {counted(weak)}."
     )
