@@ -267,10 +267,11 @@ def _warning(run: Run, done: int, remarks: Sequence[str]) -> str:
             shortfall += f" All numbers are about the other {counted(done)}."
         else:
             images = f"{done:,} of {counted(run.info.images.listed)}" if run.info.images else counted(done)
+            verb, those = ("is", "it") if done == 1 else ("are", "those")
+            about = f", and all numbers are about {those}" if done else ""
             shortfall = (
-                f"This audit is not complete: {images} {'is' if done == 1 else 'are'} in finished shards, and all "
-                f"numbers are about {'it' if done == 1 else 'those'}. What is saved of other shards counts once you "
-                f"continue it with {resume_command(run.name)}."
+                f"This audit is not complete: {images} {verb} in finished shards{about}. What is saved of other shards "
+                f"counts once you continue it with {resume_command(run.name)}."
             )
     return " ".join([*([shortfall] if shortfall else []), *remarks])
 
