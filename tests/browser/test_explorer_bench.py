@@ -242,31 +242,7 @@ def test_a_budget_that_cannot_be_read_is_one_sentence(bench: BenchPage) -> None:
     expect(bench.page.locator("button.primary")).to_have_text("Attack the whole image")
 
 
-# ---------------------------------------------------------------- weak-spot map, 5, 6, 7
-
-
-def test_a_cell_of_the_weak_spot_map_becomes_the_mask(bench: BenchPage) -> None:
-    bench.unfold("Weak-spot map")
-    bench.page.click("text=Estimate only")
-    expect(bench.page.locator(".fold .sentence").first).to_contain_text("Estimates")
-    texts = bench.page.locator(".cells .spot text").all_text_contents()
-    assert len(texts) == 49
-    assert texts[-1] == "?"  # the network is blind there
-    bench.page.click(".cells .spot >> nth=8")
-    mask = bench.saved_mask()
-    rows, columns = (torch.arange(side) * 7 // side for side in SIZE)
-    assert (mask == ((rows == 1)[:, None] & (columns == 1)).numpy()).all()
-    bench.page.click("text=Hide the map")
-    expect(bench.page.locator(".cells .spot")).to_have_count(0)
-
-
-def test_cells_are_searched_and_say_that_they_are_verified(bench: BenchPage) -> None:
-    bench.unfold("Weak-spot map")
-    bench.page.click("text=Map the weak spots")
-    expect(bench.page.locator(".fold .sentence").first).to_contain_text("Weakest of 49 cells")
-    assert "does not mean that none exists" in bench.text(".fold .sentence >> nth=0")
-    bench.page.click(".cells .spot >> nth=48")
-    expect(bench.page.locator(".fold .sentence").first).to_contain_text("column 7: not found.")
+# ---------------------------------------------------------------- 5, 6: panels, layers
 
 
 def test_panels_are_those_of_the_report_and_wait_until_they_are_opened(bench: BenchPage) -> None:
@@ -294,24 +270,6 @@ def test_layers_and_units_are_scrubbed(bench: BenchPage) -> None:
     bench.page.click(".units button >> nth=0")
     expect(bench.page.locator(".unit .sentence")).to_contain_text("Without unit")
     assert len(np.unique(bench.pixels(".unit canvas"))) > 2
-
-
-def test_erasing_the_attack_everywhere_brings_the_decision_back(bench: BenchPage) -> None:
-    bench.unfold_settings()
-    bench.page.fill("label:has-text('Change each value') input", "linf:40/255")
-    bench.attack()
-    assert bench.text("figure.side.attack .says").startswith("Fooled")
-    label = NAMES[int(logits_of(corner_images()[0]).argmax())]
-    bench.unfold("Undo a place")
-    bench.page.click("text=Erase the attack with the brush")
-    bench.drag((40, 30), (44, 35))  # where the network is blind
-    says = bench.page.locator(".fold .sentence").nth(1)
-    expect(says).to_contain_text("not restored")
-    bench.page.keyboard.press("i")
-    expect(bench.page.locator(".decision h2")).to_contain_text(label)
-    expect(says).to_contain_text("the decision is restored")
-    bench.page.click("text=Put the attack back")
-    expect(bench.page.locator(".area")).to_have_text("No mask: an attack may change the whole image.")
 
 
 # ---------------------------------------------------------------- 8: links and copies

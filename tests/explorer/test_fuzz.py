@@ -39,6 +39,7 @@ values = st.recursive(
 fields = [
     "image", "y", "x", "size", "mask", "color", "n", "page", "kind", "fraction", "count", "seed", "attack", "budget",
     "options", "target", "analysis", "layer", "unit", "text", "name", "file", "side", "grid", "verify",
+    "pair",
 ]  # fmt: skip
 plausible = {
     "image": st.integers(0, 1),

@@ -63,6 +63,7 @@ class Exhibit:
         uploaded: whether a page sent it.
         masks: (1, 1, H, W) bool, the region of the last attack, and its control if there is one.
         pair: of the last attack.
+        attacks: how many there were, which is the number of the pair.
         control: the same attack at the place of equal area.
         pair_logits: (1, K), or (2, K) with a control, of the adversarial images.
         how: the attack in words.
@@ -77,6 +78,7 @@ class Exhibit:
     uploaded: bool = False
     masks: tuple[Tensor, ...] = ()
     pair: AttackResult | None = None
+    attacks: int = 0
     control: AttackResult | None = None
     pair_logits: Tensor | None = None
     how: str = ""
@@ -181,6 +183,18 @@ class Bench:
         if not 0 <= number < len(self.exhibits):
             raise RequestError(f"image must be between 0 and {len(self.exhibits) - 1}, got {number}")
         return self.exhibits[number]
+
+    def attacked(self, request: Request) -> Exhibit:
+        """The image of a request about its pair; the request may say by its number which pair it means.
+
+        Raises:
+            RequestError: if there is no such image, no pair of it, or another one by now.
+        """
+        exhibit = self.exhibit(request.whole("image", 0, 10**6, 0))
+        exhibit.attacked()
+        if request.has("pair") and request.whole("pair", 0, 2**53) != exhibit.attacks:
+            raise RequestError("another page has attacked this picture since (attack it again)")
+        return exhibit
 
     @property
     def class_count(self) -> int:

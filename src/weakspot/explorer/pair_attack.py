@@ -71,6 +71,7 @@ def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message
     progress.flush()
     exhibit.masks = tuple(masks)
     exhibit.pair = result[0]
+    exhibit.attacks += 1
     exhibit.control = None if control is None else result[1]
     exhibit.pair_logits = bench.logits(result.adversarial) if logits is None else logits
     exhibit.how = order.describe(bench) + (", stopped early" if stopped else "")
@@ -170,6 +171,7 @@ def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
     assert logits is not None  # noqa: S101
     control = exhibit.control
     return {
+        "pair": exhibit.attacks,
         "attack": side_message(bench, exhibit, exhibit.pair, logits[0]),
         "control": None if control is None else side_message(bench, exhibit, control, logits[1]),
         "masks": None

@@ -35,7 +35,7 @@ COLUMNS = ("layer", "unit", "concept", "iou")
 
 def explain_pair(bench: Bench, request: Request) -> Message:
     """The panel of one analysis of the last attack on an image."""
-    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    exhibit = bench.attacked(request)
     pair = exhibit.attacked()
     name = request.choice("analysis", available_analyses())
     compares = accepted_options(find_analyses([name])[name], {"reference": None})
@@ -113,7 +113,7 @@ def layers_of(bench: Bench, exhibit: Exhibit) -> Layers:
 
 def list_layers(bench: Bench, request: Request) -> Message:
     """Every layer, with how far the perturbation and a random edit of its size reach in it."""
-    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    exhibit = bench.attacked(request)
     layers = layers_of(bench, exhibit)
     measured = {"spread": layers.attack.spread, "spread_random": layers.random.spread}
     listed = [
@@ -137,7 +137,7 @@ def list_layers(bench: Bench, request: Request) -> Message:
 
 def show_layer(bench: Bench, request: Request) -> Message:
     """What the perturbation and a random edit change in one layer, and the units that change most."""
-    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    exhibit = bench.attacked(request)
     layers = layers_of(bench, exhibit)
     name = request.choice("layer", layers.attack.layers)
     maps = _maps(bench, layers, name)
@@ -171,7 +171,7 @@ def _maps(bench: Bench, layers: Layers, name: str) -> Tensor:
 
 def show_unit(bench: Bench, request: Request) -> Message:
     """One unit: its maps, and the decisions without it and without other units."""
-    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    exhibit = bench.attacked(request)
     layers = layers_of(bench, exhibit)
     name = request.choice("layer", layers.attack.layers)
     maps = _maps(bench, layers, name)

@@ -151,7 +151,7 @@ class Erased:
 
 def undo_place(bench: Bench, request: Request) -> Message:
     """The decision without the perturbation of a brushed place, and without that of a comparable one."""
-    exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
+    exhibit = bench.attacked(request)
     pair = exhibit.attacked()
     mask = request.brushed("mask", exhibit.size)
     logits = bench.logits(pair.adversarial)[0]

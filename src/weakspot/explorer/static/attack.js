@@ -191,11 +191,12 @@ export class Attack {
   }
 
   // The pair of results; also those that the program remembers of a picture. Words and pictures change together.
-  async finish({ attack, control, sentence, how, masks }) {
+  async finish({ pair, attack, control, sentence, how, masks }) {
     const { image } = this.bench, results = Object.entries({ attack, control }).filter(([, result]) => result);
     const decoded = await Promise.all(results.map(([, { png }]) => this.decode(png)));
     const places = await Promise.all(Object.values(masks ?? {}).map((one) => readMask(pngBlob(one), image.width, image.height)));
     if (this.bench.image !== image) return;
+    this.bench.pair = pair;
     this.sentence.textContent = sentence;
     this.how.textContent = `The attack: ${how}.`;
     this.result = { attack, control, place: places[0] };

@@ -197,6 +197,7 @@ class Bench {
     const image = await this.ask("image", { image: index });
     const pixels = await readPixels(`data:image/png;base64,${image.png}`, image.width, image.height);
     this.image = { ...image, index };
+    this.pair = 0; // number of the pair that is shown: another page may attack the picture, too
     this.element.classList.remove("empty");
     this.stage.open(pixels, [image.width, image.height]);
     this.views.zoom.value = 1;

@@ -45,7 +45,7 @@ export class Explanations {
     const stale = () => this.bench.image !== image || this.bench.attack.result !== result;
     try {
       let panel = {};
-      const job = this.bench.subscribe("explain", { image: image.index, analysis: name }, (event) => { if (event.event === "done") panel = event; });
+      const job = this.bench.subscribe("explain", { image: image.index, pair: this.bench.pair, analysis: name }, (event) => { if (event.event === "done") panel = event; });
       this.jobs.add(job);
       const halt = button("Stop", () => { job.stop(); halt.textContent = "Stopping…"; });
       inside.replaceChildren(make("div", { class: "line" }, make("span", { class: "note", role: "status" }, "Computing…"), halt));
@@ -127,7 +127,7 @@ export class Depth {
     this.status.textContent = "Comparing the layers…";
     const { result } = this.bench.attack;
     try {
-      const { layers, sentence } = await this.bench.ask("layers", { image: this.bench.image.index });
+      const { layers, sentence } = await this.bench.ask("layers", { image: this.bench.image.index, pair: this.bench.pair });
       if (this.bench.attack.result !== result) return;
       this.layers = layers;
       this.says.textContent = sentence;
@@ -154,7 +154,7 @@ export class Depth {
 
   async showLayerNow(name) {
     try {
-      const reply = await this.bench.ask("layer", { image: this.bench.image.index, layer: name });
+      const reply = await this.bench.ask("layer", { image: this.bench.image.index, pair: this.bench.pair, layer: name });
       const [own, random] = [floats(reply.change), floats(reply.random)];
       const top = Math.max(...own.values, ...random.values) || 1; // one scale for both
       this.draw(this.own.canvas, own, top);
@@ -174,7 +174,7 @@ export class Depth {
   async showUnit(layer, unit) {
     this.unitView.replaceChildren(make("p", { class: "note", role: "status" }, "Computing…"));
     try {
-      const reply = await this.bench.ask("unit", { image: this.bench.image.index, layer, unit, seed: this.bench.seed() });
+      const reply = await this.bench.ask("unit", { image: this.bench.image.index, pair: this.bench.pair, layer, unit, seed: this.bench.seed() });
       const [clean, adversarial] = [floats(reply.clean), floats(reply.adversarial)];
       const top = Math.max(...clean.values, ...adversarial.values) || 1;
       const views = [this.mapView(`Unit ${unit} on the clean picture`), this.mapView(`Unit ${unit} on the attacked picture`)];

@@ -178,7 +178,7 @@ export class UndoPlace {
       return;
     }
     try {
-      const reply = await bench.ask("undo_place", { image: image.index, mask: await bench.brush.text(), seed: bench.seed() });
+      const reply = await bench.ask("undo_place", { image: image.index, pair: bench.pair, mask: await bench.brush.text(), seed: bench.seed() });
       const pixels = await readPixels(`data:image/png;base64,${reply.png}`, image.width, image.height);
       if (!this.on || bench.image !== image) return;
       bench.stage.pictures.erased = pixels;
