@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.explorer.benches import SIZE, Events, picture_of, png, square
+from tests.explorer.benches import SIZE, Events, png, square
 from tests.networks import NETWORKS
 from weakspot import regions
 from weakspot._checks import collected_warnings
@@ -20,7 +20,6 @@ from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message, read_mask
 from weakspot.explorer.pair_explanations import read_concepts
-from weakspot.explorer.place_edits import Erased, comparable_place, undo_sentence
 from weakspot.explorer.place_masks import MASKS
 from weakspot.logits import margin
 from weakspot.regions import read_region
@@ -161,69 +160,6 @@ def attacked(desk: Desk, **body: object) -> None:
         desk, "attack", {"image": 0, "options": {"steps": 4}, "budget": "linf:32/255", **body}
     ).last()
     assert done["event"] == "done"
-
-
-def test_an_erased_place_has_its_clean_pixels_back(desk: Desk) -> None:
-    with pytest.raises(ValueError, match="attack the image first"):
-        ask(desk, "undo_place", mask=png(square()))
-    attacked(desk)
-    pair, mask = desk.bench.exhibit(0).pair, square(4, 4, 8)
-    assert pair is not None
-    told = ask(desk, "undo_place", mask=png(mask))
-    assert_told(desk, told, torch.where(mask, pair.clean, pair.adversarial))
-    control = told["control"]
-    assert isinstance(control, dict)
-    place = mask_in(control)
-    assert int(place.sum()) == 64
-    assert not bool((place & mask).any())
-    other = logits_of(desk, torch.where(place, pair.clean, pair.adversarial))
-    label = desk.bench.exhibit(0).label_tensor
-    assert control["margin"] == pytest.approx(float(margin(other[None], label)), abs=1e-4)
-    assert picture_of(told["png"]).size == SIZE[::-1]
-    # Without any perturbation, the decision is that of the clean image, and no other place is left to compare.
-    whole = ask(desk, "undo_place", mask=png(torch.ones(1, 1, *SIZE, dtype=torch.bool)))
-    assert_told(desk, whole, pair.clean)
-    assert whole["control"] is None
-
-
-def test_a_comparable_place_is_found_by_trying_every_shift() -> None:
-    generator = torch.Generator().manual_seed(5)
-    for density in (0.1, 0.5, 1.0):
-        changed = torch.rand(1, 1, 9, 7, generator=generator) < density
-        mask = square(1, 2, 3, (9, 7))
-        own = int((mask & changed).sum())
-        best = min(
-            (
-                abs(int((moved & changed).sum()) - own)
-                for moved in (
-                    mask.roll((down, right), (2, 3)) for down, right in itertools.product(range(9), range(7))
-                )
-                if not bool((moved & mask).any())
-            ),
-        )
-        place = comparable_place(mask, changed, 0)
-        if best > 0.1 * own or not own:
-            assert place is None
-        else:
-            assert place is not None
-            assert abs(int((place & changed).sum()) - own) == best
-            assert not bool((place & mask).any())
-
-
-def erased(*, restored: bool, pixels: int = 9) -> Erased:
-    return Erased(torch.zeros(1), pixels, 1.0 if restored else -1.0, restored, "cat" if restored else "lynx")
-
-
-def test_no_sentence_on_an_erased_place_claims_more_than_was_seen() -> None:
-    yes, no = erased(restored=True), erased(restored=False)
-    assert "one other place is no test" in undo_sentence(yes, no, -3.0, 90, fooled=True)
-    assert "another place, it is restored" in undo_sentence(yes, yes, -3.0, 90, fooled=True)
-    assert "nothing to compare" in undo_sentence(yes, None, -3.0, 90, fooled=True)
-    assert "the decision is not restored" in undo_sentence(no, no, -3.0, 90, fooled=True)
-    assert "no decision to restore" in undo_sentence(yes, no, 3.0, 90, fooled=False)
-    assert "changes nothing in this place" in undo_sentence(
-        erased(restored=True, pixels=0), None, -3.0, 90, fooled=True
-    )
 
 
 def test_weak_spots_send_an_estimate_and_then_every_cell(desk: Desk) -> None:

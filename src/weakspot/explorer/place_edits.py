@@ -138,7 +138,7 @@ class Erased:
         image: (1, C, H, W).
         pixels: changed pixels that were erased.
         margin: of the label.
-        restored: whether the image is classified as its label.
+        restored: whether the image is classified as the clean image is.
         predicted: its class, by name.
     """
 
@@ -155,19 +155,20 @@ def undo_place(bench: Bench, request: Request) -> Message:
     pair = exhibit.attacked()
     mask = request.brushed("mask", exhibit.size)
     logits = bench.logits(pair.adversarial)[0]
-    changed = (pair.perturbation != 0).any(1, keepdim=True).cpu()
+    pixels = (pair.perturbation != 0).any(1, keepdim=True).cpu()
     own, erased_logits = _erase(bench, exhibit, pair, mask)
-    place = comparable_place(mask, changed, request.whole("seed", 0, 2**53, 0))
+    place = comparable_place(mask, pixels, request.whole("seed", 0, 2**53, 0))
     other = None if place is None else _erase(bench, exhibit, pair, place)[0]
-    before = bench.margin(exhibit, logits)
-    fooled = int(logits.argmax()) != exhibit.label
+    before, clean = bench.margin(exhibit, logits), int(exhibit.logits.argmax())
+    changed = int(logits.argmax()) != clean
+    wrong = bench.classifier.class_name(clean) if clean != exhibit.label else None
     return {
         **bench.judged(exhibit, erased_logits),
         "png": picture_text(own.image[0]),
         "control": None
         if other is None or place is None
         else {"mask": mask_text(place), "margin": finite(other.margin)},
-        "sentence": undo_sentence(own, other, before, int(changed.sum()), fooled=fooled),
+        "sentence": undo_sentence(own, other, before, int(pixels.sum()), changed=changed, wrong=wrong),
     }
 
 
@@ -178,8 +179,9 @@ def _erase(bench: Bench, exhibit: Exhibit, pair: AttackResult, mask: Tensor) -> 
     pixels = int(((pair.perturbation != 0).any(1, keepdim=True) & place).sum())
     logits = bench.logits(image)[0]
     predicted = int(logits.argmax())
+    restored = predicted == int(exhibit.logits.argmax())
     name = bench.classifier.class_name(predicted)
-    return Erased(image, pixels, bench.margin(exhibit, logits), predicted == exhibit.label, name), logits
+    return Erased(image, pixels, bench.margin(exhibit, logits), restored, name), logits
 
 
 def comparable_place(mask: Tensor, changed: Tensor, seed: int) -> Tensor | None:
@@ -205,7 +207,9 @@ def comparable_place(mask: Tensor, changed: Tensor, seed: int) -> Tensor | None:
     return shifted(mask, (met - own).abs().where(fits, torch.inf), seed)
 
 
-def undo_sentence(own: Erased, other: Erased | None, before: float, total: int, *, fooled: bool) -> str:
+def undo_sentence(
+    own: Erased, other: Erased | None, before: float, total: int, *, changed: bool, wrong: str | None = None
+) -> str:
     """What erasing a place did, beside a comparable place.
 
     Args:
@@ -213,14 +217,17 @@ def undo_sentence(own: Erased, other: Erased | None, before: float, total: int, 
         other: the place that it is compared with.
         before: margin of the whole perturbation.
         total: pixels that the perturbation changed.
-        fooled: whether the whole perturbation fools the classifier.
+        changed: whether the whole perturbation changes the decision.
+        wrong: class of the clean image, if it is not the label.
     """
     if not own.pixels:
         return "The perturbation changes nothing in this place."
-    start = f"Without the perturbation in this place, where {percent(own.pixels / total)} of the changed pixels are"
+    clean = "" if wrong is None else f"The image is misclassified as {wrong} without an attack. "
+    share = percent(own.pixels / total)
+    start = f"{clean}Without the perturbation in this place, where {share} of the changed pixels are"
     what = f"{own.predicted}, margin {number(before)} to {number(own.margin)}"
-    if not fooled:
-        return f"{start}: {what}. The perturbation does not fool the network, so that there is no decision to restore."
+    if not changed:
+        return f"{start}: {what}. The perturbation does not change the decision, so that there is none to restore."
     end = "the decision is restored" if own.restored else "the decision is not restored"
     first = f"{start}, {end} ({what})."
     if other is None:
