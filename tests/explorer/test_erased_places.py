@@ -72,7 +72,13 @@ def test_no_sentence_on_an_erased_place_claims_more_than_was_seen() -> None:
     yes, no = erased(restored=True), erased(restored=False)
     assert "one other place is no test" in undo_sentence(yes, no, -3.0, 90, changed=True)
     assert "another place, it is restored" in undo_sentence(yes, yes, -3.0, 90, changed=True)
-    assert "nothing to compare" in undo_sentence(yes, None, -3.0, 90, changed=True)
+    alone = undo_sentence(yes, None, -3.0, 90, changed=True)
+    assert "nothing to compare" in alone
+    # Places that overlap it, or of another shape, are not looked at.
+    assert (
+        "No place of its shape that lies outside it holds about as many changed pixels (within 10%)" in alone
+    )
+    assert "Without about as many" in undo_sentence(yes, no, -3.0, 90, changed=True)
     assert "the decision is not restored" in undo_sentence(no, no, -3.0, 90, changed=True)
     assert "none to restore" in undo_sentence(yes, no, 3.0, 90, changed=False)
     assert "changes nothing in this place" in undo_sentence(

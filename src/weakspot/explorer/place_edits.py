@@ -231,9 +231,14 @@ def undo_sentence(
     end = "the decision is restored" if own.restored else "the decision is not restored"
     first = f"{start}, {end} ({what})."
     if other is None:
-        return f"{first} No other place holds as many changed pixels, so that there is nothing to compare it with."
+        return (
+            f"{first} No place of its shape that lies outside it holds about as many changed pixels (within "
+            f"{percent(NEAR)}), so that there is nothing to compare it with."
+        )
     again = "is restored" if other.restored else "is not restored"
-    second = f"Without as many changed pixels in another place, it {again} (margin {number(other.margin)})"
+    second = (
+        f"Without about as many changed pixels in another place, it {again} (margin {number(other.margin)})"
+    )
     if own.restored and not other.restored:
         return f"{first} {second}; one other place is no test."
     return f"{first} {second}."

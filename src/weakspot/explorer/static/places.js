@@ -122,7 +122,7 @@ export class UndoPlace {
     this.reuse = button("Erase the attack in the mask", () => this.enter(true));
     this.says = make("p", { class: "sentence", role: "status" });
     this.root = make("section", { class: "body" },
-      make("p", { class: "note" }, "A causal test by hand: take the change of the attack back in one place, and see whether the decision comes back with it. Another place with as many changed pixels is erased beside it."),
+      make("p", { class: "note" }, "A causal test by hand: take the change of the attack back in one place, and see whether the decision comes back with it. Another place of its shape with about as many changed pixels is erased beside it."),
       make("div", { class: "line" }, this.toggle, this.reuse), this.says);
     this.send = latest(() => this.sendNow());
     this.refresh();
