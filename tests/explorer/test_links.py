@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from tests.explorer.benches import SIZE, Events, filled_bench, network, photographs, png, square
+from weakspot.classifier import Classifier
+from weakspot.datasets.labels import ClassIndex
 from weakspot.explorer.bench import Bench, Origin
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message
@@ -157,6 +159,40 @@ def test_an_uploaded_picture_must_be_saved_first(photograph: Path) -> None:
         desk.close()
     assert "Save the picture that you dropped as my cat.png first." in str(copies["remark"])
     assert "weakspot attack 'my cat.png'" in str(copies["command"])
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (["3", "2", "1", "0"], ["3", "2", "1", "0"]),
+        (
+            ["ant", "it's a $(cat) & dog", "ant", "Fish, aquarium"],
+            ["0", "it's a $(cat) & dog", "2", "Fish, aquarium"],
+        ),
+        (["2", "2", "0", "class 0"], [None, "1", "0", "class 0"]),
+        (["2"], ["2", "class 1", "class 2", "class 3"]),
+    ],
+)
+def test_the_target_of_the_copies_is_the_class_that_was_chosen(
+    names: list[str], texts: list[str | None]
+) -> None:
+    model = Classifier.wrap(network().network, input_size=SIZE, class_names=names)
+    bench = Bench(model, Origin(["--model", FACTORY], f"weakspot.load({FACTORY!r})"))
+    bench.add(photographs(4), ["a", "b", "c", "d"], torch.arange(4), paths=["a", "b", "c", "d"])
+    desk = Desk(bench)
+    try:
+        for target, text in enumerate(texts):
+            copies = desk.ask("command", {"image": (target + 1) % 4, "target": target}).result(60)
+            assert f"targets=torch.tensor([{target}]" in str(copies["python"])
+            if text is None:
+                assert copies["command"] is None
+                assert "There is no command for class 0 as the target" in str(copies["remark"])
+            else:
+                words = shlex.split(str(copies["command"]))
+                assert words[words.index("--target") + 1] == text
+                assert ClassIndex(tuple(names), 4).index(text) == target
+    finally:
+        desk.close()
 
 
 def test_nothing_of_the_request_reaches_the_shell_unquoted(photograph: Path) -> None:

@@ -15,6 +15,7 @@ from weakspot import attacks
 from weakspot._checks import unknown_choice
 from weakspot.attacks import Attack, available_attacks, find_attack
 from weakspot.budgets import Budget, read_budget
+from weakspot.datasets.labels import ClassIndex
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, mask_text
 from weakspot.explorer.place_masks import control_of
@@ -123,13 +124,22 @@ def copy_command(bench: Bench, request: Request) -> Message:
     remarks = []
     if exhibit.uploaded:
         remarks.append(f"Save the picture that you dropped as {_file_name(exhibit)} first.")
+    command, target = None, _target_text(bench, order, exhibit)
     if bench.origin.model is None:
         remarks.append(
             "A model from Python has no command; the Python code uses your variables model and images."
         )
-    elif bench.origin.samples and not exhibit.uploaded:
-        remarks.append("The command attacks all four sample photographs; the Python code attacks this one.")
-    command = None if bench.origin.model is None else _shell(bench, order, exhibit, masks)
+    elif order.target is not None and target is None:
+        remarks.append(
+            f"There is no command for class {order.target} as the target: other classes have its name and its number "
+            "as their names."
+        )
+    else:
+        command = _shell(bench, order, exhibit, masks, target)
+        if bench.origin.samples and not exhibit.uploaded:
+            remarks.append(
+                "The command attacks all four sample photographs; the Python code attacks this one."
+            )
     return {
         "command": command,
         "python": _python(bench, order, exhibit, masks),
@@ -141,7 +151,16 @@ def _file_name(exhibit: Exhibit) -> str:
     return PurePath(exhibit.name).name or "picture.png"
 
 
-def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str]) -> str:
+def _target_text(bench: Bench, order: Order, exhibit: Exhibit) -> str | None:
+    """The target as the command line reads it, where names come before numbers; None if no text means it."""
+    if order.target is None:
+        return None
+    classes = ClassIndex(tuple(bench.classifier.class_names), exhibit.logits.shape[1])
+    texts = (bench.classifier.class_name(order.target), str(order.target), f"class {order.target}")
+    return next((text for text in texts if classes.find(text) == order.target), None)
+
+
+def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str], target: str | None) -> str:
     """Shell commands: for the mask and its control, one that writes it and one that attacks inside it."""
     parts = ["weakspot", "attack"]
     if exhibit.path is None and not exhibit.uploaded:
@@ -153,8 +172,8 @@ def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str
         parts += ["--budget", shlex.quote(order.budget_text)]
     for name, value in order.settings.items():
         parts += ["--set", shlex.quote(f"{name}={_json_text(value)}")]
-    if order.target is not None:
-        parts += ["--target", str(order.target)]
+    if target is not None:
+        parts += ["--target", shlex.quote(target)]
     if bench.origin.labels is not None and not exhibit.uploaded:
         parts += ["--labels", shlex.quote(bench.origin.labels)]
     # One image at a time goes through the model, as on the bench.
