@@ -195,6 +195,20 @@ def test_the_target_of_the_copies_is_the_class_that_was_chosen(
         desk.close()
 
 
+def test_a_picture_whose_name_begins_with_a_dash_is_no_option_of_the_command() -> None:
+    bench = Bench(network(), Origin(["--model", FACTORY], f"weakspot.load({FACTORY!r})"))
+    bench.add(photographs(), ["a", "--cat.png"], paths=["-a b.png", "--cat.png"])
+    bench.add(photographs(1), ["-sent.png"], uploaded=True)
+    desk = Desk(bench)
+    try:
+        for number, name in enumerate(["-a b.png", "--cat.png", "-sent.png"]):
+            copies = desk.ask("command", {"image": number}).result(60)
+            assert shlex.split(str(copies["command"]))[:3] == ["weakspot", "attack", f"./{name}"]
+            assert f"read_images({name!r}," in str(copies["python"])
+    finally:
+        desk.close()
+
+
 def test_nothing_of_the_request_reaches_the_shell_unquoted(photograph: Path) -> None:
     body: Message = {**BODY, "options": {"loss": "$(touch owned); `x` 'y'"}}
     bench = Bench(network(), Origin(["--model", FACTORY], f"weakspot.load({FACTORY!r})"))

@@ -166,7 +166,9 @@ def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str
     if exhibit.path is None and not exhibit.uploaded:
         parts.append("--samples")
     else:
-        parts.append(shlex.quote(_file_name(exhibit) if exhibit.path is None else exhibit.path))
+        path = _file_name(exhibit) if exhibit.path is None else exhibit.path
+        # A name that begins with a dash would be read as an option.
+        parts.append(shlex.quote(f"./{path}" if path.startswith("-") else path))
     parts += [*(bench.origin.model or ()), "--attack", shlex.quote(order.attack.name)]
     if order.budget_text is not None:
         parts += ["--budget", shlex.quote(order.budget_text)]
