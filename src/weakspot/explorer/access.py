@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
+import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -28,7 +29,18 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+# Nothing that would end the path early: the link and the cookie's path are made of it.
+BASE_URL = re.compile(r"(https?://([^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?)?(/(?!/)[^\s?#;]*)?")
 DENIED = "This address needs the token in the link that weakspot explore printed. Open the whole link."
+
+
+def check_base_url(base_url: str) -> None:
+    """Raises ValueError unless it is empty, a path, or a whole URL of http or https."""
+    if not BASE_URL.fullmatch(base_url):
+        raise ValueError(
+            "--base-url must be a path that begins with a slash, or a URL such as https://hub.example.org/proxy/8765/, "
+            f"got {base_url!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weakspot.explorer.access import Access
+from weakspot.explorer.access import Access, check_base_url
 
 if TYPE_CHECKING:
     import uvicorn
@@ -85,11 +85,16 @@ class Service:
         token: str | None = None,
         base_url: str = "",
     ) -> Service:
-        """Take a port. `run` or `start` then serves."""
+        """Take a port. `run` or `start` then serves.
+
+        Raises:
+            ValueError: if the host is not of this machine, no port is free, or the base URL is none.
+        """
         import uvicorn
 
         from weakspot.explorer.application import Application
 
+        check_base_url(base_url)
         listener = open_port(host, port)
         number = listener.getsockname()[1]
         access = Access(number, host, token, base_url) if token else Access(number, host, base_url=base_url)
