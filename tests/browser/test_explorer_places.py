@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -40,6 +41,27 @@ def test_cells_are_searched_and_say_that_they_are_verified(bench: BenchPage) -> 
     assert "does not mean that none exists" in bench.text(".fold .sentence >> nth=0")
     bench.page.click(".cells .spot >> nth=48")
     expect(bench.page.locator(".fold .sentence").first).to_contain_text("column 7: not found.")
+
+
+@pytest.mark.parametrize(
+    ("budget", "unit", "number"),
+    [
+        ("linf:4/255", "in gray levels of 255", r"\d+|\d\.\d"),
+        ("l2:1", "as a length with values in [0, 1]", r"0\.0?\d\d"),
+    ],
+)
+def test_the_map_names_the_unit_of_its_numbers(bench: BenchPage, budget: str, unit: str, number: str) -> None:
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Change each value') input", budget)
+    bench.unfold("Weak-spot map")
+    note = bench.page.locator(".fold .note", has_text="How little must change")
+    expect(note).to_contain_text("for the decision to change; the smallest")  # no map yet
+    bench.page.click("text=Estimate only")
+    expect(note).to_contain_text(f"for the decision to change, {unit}; the smallest")
+    shown = bench.page.locator(".cells .spot text").first.text_content()
+    assert re.fullmatch(number, str(shown)), shown
+    bench.page.click("text=Hide the map")
+    expect(note).to_contain_text("for the decision to change; the smallest")
 
 
 def test_erasing_the_attack_everywhere_brings_the_decision_back(bench: BenchPage) -> None:

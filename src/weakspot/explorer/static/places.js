@@ -7,6 +7,7 @@ import { readPixels } from "./pictures.js";
 import { SpotCells } from "./spots.js";
 
 const NOTHING = "Brush over the picture where the attack should be erased. The network is asked after every stroke.";
+const UNITS = { linf: ", in gray levels of 255", l2: ", as a length with values in [0, 1]" }; // by norm
 
 // Which cell of a grid needs how small a change. A click takes the cell as the painted place.
 export class WeakMap {
@@ -17,8 +18,9 @@ export class WeakMap {
     this.hide = button("Hide the map", () => this.clear(), { disabled: true });
     this.bar = make("progress", { max: 1, value: 0, class: "idle", "aria-label": "Progress of the map" });
     this.says = make("p", { class: "sentence", role: "status" });
+    this.unit = make("span");
     this.root = make("section", { class: "body" },
-      make("p", { class: "note" }, "How little must change in each cell for the decision to change, in gray levels of 255; the smallest, the weakest, is brightest. Choose a cell to make it the mask."),
+      make("p", { class: "note" }, "How little must change in each cell for the decision to change", this.unit, "; the smallest, the weakest, is brightest. Choose a cell to make it the mask."),
       make("div", { class: "line" }, this.go, this.quick, this.hide, this.bar), this.says);
   }
 
@@ -57,6 +59,7 @@ export class WeakMap {
       const { shape, values } = floats(event.size);
       const sizes = Array.from({ length: shape[0] }, (_, row) => Array.from(values.subarray(row * shape[1], (row + 1) * shape[1]), (size) => (Number.isNaN(size) ? null : size)));
       this.cells = { tops: event.tops, lefts: event.lefts, sizes, norm: event.norm, verified: false };
+      this.unit.textContent = UNITS[event.norm];
       this.draw();
       this.bench.stage.root.scrollIntoView({ block: "nearest" });
       this.says.textContent = verify ? "Estimates from gradients alone. Searching every cell…" : "";
@@ -107,6 +110,7 @@ export class WeakMap {
   clear() {
     this.stop();
     this.cells = null;
+    this.unit.textContent = "";
     this.bench.stage.spots.replaceChildren();
     this.hide.disabled = true;
     this.says.textContent = "";
