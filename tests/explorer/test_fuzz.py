@@ -83,6 +83,15 @@ def test_every_request_is_answered_by_json_in_plain_words(
     assert not LEAK.search(str(told.get("error", "")))
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "1" + 400 * "0"])
+def test_a_number_that_no_answer_can_repeat_is_told_to_be_the_request_s(
+    client: TestClient, number: str
+) -> None:
+    answer = client.post("/api/hello", content=f'{{"n": {number}}}')
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("n must be a number between -1e+15 and 1e+15, got ")
+
+
 @often
 @given(name=st.text(max_size=20), content=st.binary(max_size=60))
 def test_names_and_contents_from_anywhere_are_refused(client: TestClient, name: str, content: bytes) -> None:

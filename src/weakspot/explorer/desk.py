@@ -69,6 +69,8 @@ class Desk:
         """
         try:
             request = Request(body)
+            # The page's own number of the request, which comes back with the answer.
+            echoed = {"n": request.number("n", -1e15, 1e15)} if request.has("n") else {}
             task = self._queue(name, request)
         except RequestError as error:
             return refused(error)
@@ -76,7 +78,6 @@ class Desk:
         def reply(result: object) -> Message:
             # A probe that a later one of its page has overtaken has no result.
             message = result if isinstance(result, dict) else {"overtaken": True}
-            echoed = {"n": request.body["n"]} if isinstance(request.body.get("n"), int | float) else {}
             return {**message, **echoed, "state": self.bench.state}
 
         return replied(task, reply)

@@ -4,6 +4,7 @@ Every answer is bounded, whatever the number of records: a page of rows, the bin
 values.
 """
 
+import reprlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -331,5 +332,5 @@ OUTCOME = (
 def read_id(value: object) -> int:
     """The number of a record. Raises ValueError if it cannot be one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"id must be the number of a record, got {str(value)[:80]!r}")
+        raise ValueError(f"id must be the number of a record, got {reprlib.repr(value)}")
     return value

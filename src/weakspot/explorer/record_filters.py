@@ -152,7 +152,11 @@ def _within_bins(column: Column, bins: object, axes: Mapping[str, Axis]) -> str:
 
 def _check_value(column: Column, value: object) -> None:
     if not _fits(column.kind, value):
-        expected = {NUMBER: "a number", FLAG: "true or false", TEXT: f"a text of at most {MAX_TEXT} letters"}
+        expected = {
+            NUMBER: "a number between -2**63 and 2**63",
+            FLAG: "true or false",
+            TEXT: f"a text of at most {MAX_TEXT} letters",
+        }
         raise ValueError(f"value of {column.name} must be {expected[column.kind]}, got {_short(value)}")
 
 
