@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.explorer.benches import SIZE, Events, filled_bench, network, photographs, picture_of, png, square
@@ -27,6 +27,38 @@ MASK = square(4, 5, 3)
 def attacked(desk: Desk) -> None:
     order: Message = {"image": 0, "mask": png(square()), "options": {"steps": 2}, "budget": "linf:16/255"}
     assert Events(desk, "attack", order).last()["event"] == "done"
+
+
+class NoBlack(nn.Module):
+    """Returns NaN for images with a black pixel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        light, darkest = images.mean((1, 2, 3)), images.flatten(1).amin(1)
+        logits = torch.stack([light, 0.9 - light, 0.1 * light], 1)
+        return logits.where(darkest[:, None] > 0, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("job", "body"),
+    [
+        ("heat", {"color": [0, 0, 0], "grid": 4}),
+        ("weak_spots", {"grid": 2, "verify": True, "budget": "linf:1"}),
+        ("attack", {"budget": "linf:1", "options": {"steps": 2}}),
+    ],
+)
+def test_nan_for_a_changed_image_is_told_without_its_number_in_a_batch(job: str, body: Message) -> None:
+    bench = Bench(Classifier.wrap(NoBlack().eval(), input_size=SIZE))
+    bench.add(torch.full((1, 3, *SIZE), 0.7), ["one"])
+    desk = Desk(bench)
+    try:
+        last = Events(desk, job, {"image": 0, **body}).last()
+    finally:
+        desk.close()
+    assert last["event"] == "error"
+    assert last["error"] == (
+        "the network returned NaN or infinity for this image or a changed version of it (check its weights and "
+        "normalization)"
+    )
 
 
 class Counted(TorchFunctionMode):

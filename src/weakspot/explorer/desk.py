@@ -185,8 +185,14 @@ def as_request_error(error: BaseException) -> RequestError:
     """
     if isinstance(error, RequestError):
         return error
-    # Not their subclasses: what a UnicodeError or an error of another library says is not written for people.
-    if type(error) in {ValueError, NotFiniteError}:
+    if isinstance(error, NotFiniteError):
+        # What it says counts the images of a batch that only the program knows.
+        return RequestError(
+            "the network returned NaN or infinity for this image or a changed version of it (check its weights and "
+            "normalization)"
+        )
+    # Not its subclasses: what a UnicodeError or an error of another library says is not written for people.
+    if type(error) is ValueError:
         return RequestError(first_line(error))
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return RequestError("the memory is not enough for this request", 413)
