@@ -300,7 +300,13 @@ def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, t
     [
         ("high < 0", 3, "cannot be judged: The runs have no attack and region in common"),
         ("score == 'robust_accuracy' and high < 0", 3, "no row has score 'robust_accuracy'"),
+        (
+            "score != 'clean_accuracy' and high < 0",
+            3,
+            "cannot be judged: The runs have no attack and region in common",
+        ),
         ("score == 'clean_accuracy' and after < 0", 0, ""),
+        ("attack == '' and after < 0", 0, ""),
     ],
 )
 def test_a_gate_on_what_was_not_compared_does_not_pass(

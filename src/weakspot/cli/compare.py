@@ -84,7 +84,7 @@ def compare(
 
 
 def _not_compared(conditions: Sequence[str], comparison: Comparison) -> list[Verdict]:
-    """Failures of conditions on all scores where no score under an attack could be compared."""
+    """Failures of conditions that ask for no score or attack, where none under an attack could be compared."""
     from weakspot.audit.findings.gates import Condition, Verdict
 
     if comparison.table["attack"].ne("").any():
@@ -93,7 +93,7 @@ def _not_compared(conditions: Sequence[str], comparison: Comparison) -> list[Ver
     return [
         Verdict(text, "robust accuracy", True, f"{text} {why}")
         for text in conditions
-        if "score" not in Condition(text).names
+        if not {"score", "attack"} & {column for column, _ in Condition(text).asked}
     ]
 
 

@@ -3,7 +3,7 @@
 import ast
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from xml.etree import ElementTree as ET
 
@@ -70,9 +70,6 @@ class Condition:
         self.text = text.strip()
         self.names: list[str] = []
         self.limits: list[float] = []
-        self.asked: dict[
-            str, set[str]
-        ] = {}  # of each column, the texts that it is compared with for equality
         try:
             self._tree = ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -104,20 +101,6 @@ class Condition:
                 parts = [*node.values]  # noqa: PD011 - a syntax tree
             case ast.Compare():
                 parts = [node.left, *node.comparators, *node.ops]
-                match node:
-                    case (
-                        ast.Compare(
-                            left=ast.Name(id=column),
-                            ops=[ast.Eq()],
-                            comparators=[ast.Constant(value=str(text))],
-                        )
-                        | ast.Compare(
-                            left=ast.Constant(value=str(text)),
-                            ops=[ast.Eq()],
-                            comparators=[ast.Name(id=column)],
-                        )
-                    ):
-                        self.asked.setdefault(column, set()).add(text)
             case ast.BinOp():
                 parts = [node.left, node.right, node.op]
             case ast.UnaryOp():
@@ -130,6 +113,11 @@ class Condition:
                 )
         for part in parts:
             self._check(part, names)
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        """The (column, text) pairs that it asks for by ==, outside `not`."""
+        return list(_asked(self._tree))
 
     def applies_to(self, row: Row, undefined: Collection[str]) -> bool:
         """False if the condition cannot be judged for the sole reason that the row cannot have these columns."""
@@ -202,6 +190,17 @@ class Condition:
         return all_must_hold
 
 
+def _asked(node: ast.AST) -> Iterator[tuple[str, str]]:
+    match node:
+        case ast.BoolOp():
+            for part in node.values:  # noqa: PD011 - a syntax tree
+                yield from _asked(part)
+        case ast.Compare(ast.Name(column), [ast.Eq()], [ast.Constant(str(text))]) | ast.Compare(
+            ast.Constant(str(text)), [ast.Eq()], [ast.Name(column)]
+        ):
+            yield column, text
+
+
 def judge(
     conditions: Sequence[str],
     rows: pd.DataFrame,
@@ -213,7 +212,7 @@ def judge(
     """Evaluate every condition on every row. The gate fails if any verdict does.
 
     Args:
-        conditions: texts. One that asks for a text which no row has in that column fails.
+        conditions: texts. One that asks by == for a text that no row has in that column fails.
         rows: the rows to check.
         name: names a row for the reader.
         undefined: the columns that a row cannot have, for example the robust accuracy of an attack without one. A
@@ -233,16 +232,19 @@ def judge(
             for place, row in enumerate(table)
             if condition.applies_to(row, undefined(row))
         ]
+        # A gate on what is not there, such as an attack of another name, would pass whatever happens.
         absent = [
-            f"no row has {column} {' or '.join(map(repr, sorted(texts)))}"
-            for column, texts in condition.asked.items()
-            if texts.isdisjoint(str(row[column]) for row in table)
+            Verdict(
+                condition.text,
+                "nothing",
+                True,
+                f"{condition.text} cannot be judged: no row has {column} {text!r}",
+            )
+            for column, text in condition.asked
+            if table and text not in {row[column] for row in table}
         ]
-        if absent:
-            # A gate on what is not there, such as an attack of another name, would pass whatever happens.
-            why = f"{condition.text} could be judged on no row: {'; '.join(absent)}"
-            judged = [Verdict(condition.text, "nothing", True, why)]
-        elif not judged:
+        judged = [*(verdict for verdict in judged if verdict.failed or not absent), *absent]
+        if not judged:
             why = f"there is no row on which {condition.text} could be judged"
             if table:
                 names = ", ".join(dict.fromkeys(one for one in condition.names if one in undefined(table[0])))
