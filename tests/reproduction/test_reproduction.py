@@ -686,8 +686,9 @@ def test_a_difference_is_over_the_images_that_have_both_values(
     assert claim.measured == "Only 19 images can be compared with other images; 20 are needed."
 
 
-def test_claims_depend_on_the_data_to_train_on(learned: Material) -> None:
+def test_claims_about_training_depend_on_its_data(learned: Material) -> None:
     data = from_tensors(learned.images, learned.labels, class_names=list("abcd"))
     other = from_tensors(learned.images.flip(3), learned.labels, class_names=list("abcd"))
-    keys = {replace(learned, train=train, test=data).key for train in (None, data, other)}
-    assert len(keys) == 3
+    given = [replace(learned, train=train, test=data) for train in (None, data, other)]
+    assert len({one.training_key for one in given}) == 3
+    assert {one.key for one in given} == {learned.key}

@@ -135,14 +135,18 @@ class Material:
 
     @cached_property
     def key(self) -> str:
-        """What the claims depend on: network, images, data to train on and test with, size and seed."""
+        """What the claims depend on: network, images, size and seed."""
         digest = hashlib.sha256(f"{SCHEMA} {fingerprint(self.model)}".encode())
         digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         digest.update(f"{self.quick} {self.seed} {self.unusable}".encode())
-        for data in (self.train, self.test):
-            digest.update(b"none" if data is None else data_fingerprint(data).encode())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def training_key(self) -> str:
+        """The same for claims about training, which also depend on the data to train on and test with."""
+        data = ["none" if data is None else data_fingerprint(data) for data in (self.train, self.test)]
+        return hashlib.sha256(" ".join([self.key, *data]).encode()).hexdigest()[:12]
 
     @property
     def successes(self) -> int:

@@ -48,6 +48,7 @@ class Paper:
     claims: Callable[[Material, Path], Claims]
 
 
+TRAINS = "localized"  # the only paper that trains networks
 PAPERS: Mapping[str, Paper] = {
     "spatial": Paper(spatial, lambda material, _: spatial.Spatial(material)),
     "perceptual": Paper(perceptual, lambda material, _: perceptual.Perceptual(material)),
@@ -75,12 +76,13 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
     check_choice("paper", paper, PAPERS)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    spent = Spent(out / f".{paper}-{material.key}-spent.json")
+    key = material.training_key if paper == TRAINS else material.key
+    spent = Spent(out / f".{paper}-{key}-spent.json")
     material = replace(material, store=out, log=spent.saving(material.log))
     about, tested = PAPERS[paper].about, PAPERS[paper].claims(material, out)
     claims: list[Claim] = []
     for name, measure in tested.claims.items():
-        stored = out / f".{paper}-{name.replace(' ', '-')}-{material.key}.json"
+        stored = out / f".{paper}-{name.replace(' ', '-')}-{key}.json"
         if not stored.exists():
             claim = untested(name, about.QUOTES[name], material.why_not) if material.why_not else measure()
             text = json.dumps(asdict(claim), ensure_ascii=False, allow_nan=False)
@@ -114,8 +116,9 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
 
 def is_resumable(paper: str, material: Material, out: Path) -> bool:
     """Whether `out` holds anything that `reproduce` need not do again: claims, pieces of attacks, or networks."""
-    patterns = [f".{paper}-*-{material.key}.json", f".[!.]*-{material.key}.safetensors"]
-    if paper == "localized":
+    key = material.training_key if paper == TRAINS else material.key
+    patterns = [f".{paper}-*-{key}.json", f".[!.]*-{material.key}.safetensors"]
+    if paper == TRAINS:
         patterns.append(f"networks-{'quick' if material.quick else 'full'}/*/*")
     return any(True for pattern in patterns for _ in out.glob(pattern))
 
