@@ -339,8 +339,8 @@ def check_finite(logits: Tensor, name: str) -> None:
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).nonzero()[0])
         raise NotFiniteError(
-            f"{name} returned NaN or infinity for image {bad} of the {len(logits)} it was given at once, which may be "
-            "changed images (check its weights and normalization)"
+            f"{name} returned NaN or infinity for image {bad} of {len(logits)}, which may be changed images "
+            "(check its weights and normalization)"
         )
 
 

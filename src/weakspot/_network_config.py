@@ -23,10 +23,10 @@ def image_channels(network: nn.Module, statistics: int, size: tuple[int, int]) -
     """Number of channels of an image: that of mean and std, else of the first convolution or of a flattened image."""
     if statistics > 1:
         return statistics
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-        if isinstance(module, nn.Linear):
-            channels, rest = divmod(module.in_features, size[0] * size[1])
-            return channels if channels and not rest else 3
+    convolution = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if convolution is not None:
+        return convolution.in_channels
+    linear = next((module for module in network.modules() if isinstance(module, nn.Linear)), None)
+    if linear is not None and linear.in_features == size[0] * size[1]:
+        return 1
     return 3

@@ -159,7 +159,9 @@ def test_a_mask_confines_the_attack_to_its_white_part(run: Run, photographs: Pat
 def test_four_photographs_have_no_p_value(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("explain", photographs, *TINY, "--analyses", "overlap,promotion", "--out", "run")
     assert ended.code == 0, ended.err
-    assert ended.out.count("(no p value: that takes 19 other images to compare with)") == 4
+    assert (
+        ended.out.count("(no p value: that takes 19 other images whose importance maps show evidence)") == 4
+    )
     assert ended.out.count("--reference FOLDER") == 1
     page = (tmp_path / "run/report.html").read_text()
     for text in (ended.out, page.split("<main>")[1].split("<script")[0]):

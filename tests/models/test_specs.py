@@ -441,7 +441,13 @@ def test_the_channels_of_a_classifier_survive_another_size() -> None:
     assert load(made, device="cpu", mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).channels == 3
 
 
-@pytest.mark.parametrize(("features", "channels"), [(784, 1), (3 * 784, 3), (64, 3), (785, 3)])
+@pytest.mark.parametrize(("features", "channels"), [(784, 1), (3 * 784, 3), (64, 3), (2 * 784, 3)])
 def test_a_network_of_flattened_images_says_how_many_channels_they_have(features: int, channels: int) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(features, 2)).eval()
     assert Classifier(network, input_size=(28, 28)).channels == channels
+
+
+def test_a_convolution_decides_wherever_it_is_defined() -> None:
+    network = nn.Module()
+    network.head, network.stem = nn.Linear(784, 10), nn.Conv2d(3, 8, 3)
+    assert Classifier(network.eval(), input_size=(28, 28)).channels == 3

@@ -68,7 +68,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             {"relation": NAN, "relation_p": NAN, "relation_q": NAN, "effect_in_roi_null": NAN},
             (
                 "61% of the effect falls on the 20% of the image that matters most for lynx (no p value: that takes 19 "
-                "other images to compare with)."
+                "other images whose importance maps show evidence)."
             ),
         ),
         (

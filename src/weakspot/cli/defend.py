@@ -16,7 +16,7 @@ from weakspot._checks import check_fraction
 from weakspot._io.files import write_atomic
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, read_budget
-from weakspot.classifier import Classifier, check_images
+from weakspot.classifier import Classifier, check_images, predict
 from weakspot.cli.app import INTERRUPTED, Failure, command, note
 from weakspot.cli.attack_choice import distinct_rows, find_labels
 from weakspot.cli.defense_choice import find_defense
@@ -51,6 +51,7 @@ from weakspot.cli.session import (
     shorten_paths,
 )
 from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
+from weakspot.defenses.evaluation import check_network
 from weakspot.defenses.randomized import is_random
 from weakspot.defenses.verdicts import AttackRow, unfinished
 from weakspot.statistics.number_format import counted, percent
@@ -151,7 +152,7 @@ def defend(
         # Before --limit, so that a table must list every image whatever the limit.
         labeled = find_labels(labels, session, read)
         labeled = labeled.subset(distinct_rows(labeled.images))
-        random = is_random(defended, check_images(labeled.images.pixels, classifier), seed=seed)
+        random = _is_random(classifier, defended, labeled.images.pixels, f"--defense {defense}", seed)
         if not random:
             refuse(context, ["draws"], f"with {defense}, which is not random")
         read, truth, _, where = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
@@ -206,6 +207,17 @@ def defend(
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _is_random(classifier: Classifier, defended: nn.Module, pixels: Tensor, name: str, seed: int) -> bool:
+    """Whether the defense is random.
+
+    Raises:
+        ValueError: if the defense does not take the images.
+    """
+    images = check_images(pixels, classifier)
+    check_network(name, defended, images[:2], predict(classifier, images[:1]).shape[1])
+    return is_random(defended, images, seed=seed)
 
 
 def _whole_levels(budget: Budget) -> Budget:

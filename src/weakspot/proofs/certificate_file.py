@@ -127,7 +127,7 @@ class CertificateFile:
         """The names that the certificate gives to other images than those of these names, (N, C, H, W)."""
         held = {name: digest(image) for name, image in zip(names, images, strict=True)}
         for name, content in zip(self.texts("names"), self.texts("images"), strict=True):
-            if held.get(name) != content:
+            if held.get(name, content) != content:
                 yield f"what it calls {name} is another image than in that file"
 
     def altered(self, record: Mapping[str, object]) -> Iterator[str]:

@@ -168,7 +168,8 @@ def _relation(row: pd.Series, subject: str) -> str:
         effect = f"{place} raised the margin, by {percent(-share)} of what it lost in all"
     relation = row.get("relation", math.nan)
     if math.isnan(relation):
-        return f"{effect[0].upper()}{effect[1:]} (no p value: that takes {LEAST_OTHERS} other images to compare with)"
+        others = f"{LEAST_OTHERS} other images whose importance maps show evidence"
+        return f"{effect[0].upper()}{effect[1:]} (no p value: that takes {others})"
     doubt = (
         f"({percent(row['effect_in_roi_null'])} on the part that matters in other images; "
         f"{p_value(row['relation_p'])}, {p_value(row['relation_q'], 'q')} over the images)"
