@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
 from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
-from weakspot.cli.defend import _meanings, _print
+from weakspot.cli.defend import _is_random, _meanings, _print
 from weakspot.cli.defense_choice import find_defense
 from weakspot.defenses.verdicts import AttackRow
 from weakspot.report.figures import accuracy_figure
@@ -388,11 +389,6 @@ def test_folders_without_class_names_stand_for_classes_in_sorted_order(
         ("FOREIGN:nothing", [], "must return a torch.nn.Module that takes images in [0, 1]"),
         ("FOREIGN:number", [], "must be a function of the undefended classifier, got int"),
         ("FOREIGN:failing", [], "RuntimeError: no such luck"),
-        (
-            "FOREIGN:one_at_a_time",
-            [],
-            "must take the images of model, of shape (3, 64, 64) each, and return logits",
-        ),
         ("FOREIGN:rounded", ["steps=2"], "TypeError"),
         ("neutralize", ["fractoin=0.1"], "did you mean 'fraction'?"),
         ("neutralize", ["fraction"], "--set must be NAME=VALUE, got 'fraction'"),
@@ -450,3 +446,14 @@ def test_missing_and_unreadable_images_end_with_code_4(run: Run, photographs: Pa
     )
     assert ended.code == 4
     assert len(json.loads(ended.out)["skipped"]) == 1
+
+
+@pytest.mark.usefixtures("run")
+def test_a_defense_that_takes_one_image_at_a_time_is_one_sentence(foreign: str) -> None:
+    classifier = load("tiny_networks:build", input_size=(64, 64))
+    defended = find_defense(f"{foreign}:one_at_a_time", [], classifier)
+    images = torch.rand(3, 3, 64, 64)
+    message = r"--defense x must take the images of model, of shape \(3, 64, 64\) each, and return logits"
+    with pytest.raises(ValueError, match=message):
+        _is_random(classifier, defended, images, "--defense x", 0)
+    assert not _is_random(classifier, defended, images[:1], "--defense x", 0)
