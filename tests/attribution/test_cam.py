@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -431,3 +432,10 @@ def test_half_precision_has_the_class_activation_of_float32(dtype: torch.dtype, 
     whole = class_activation(pooling[0], images, label)
     half = class_activation(copy.deepcopy(pooling[0]).to(dtype), images, label)
     torch.testing.assert_close(half.float(), whole.float(), rtol=0.1, atol=0.1 * float(whole.abs().max()))
+
+
+def test_no_warning_of_torch_leaks(pooling: Made) -> None:
+    """The logits carry gradients while the layer is looked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        class_activation(pooling[0], pooling[1], torch.zeros(3, dtype=torch.long))

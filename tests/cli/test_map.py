@@ -149,8 +149,10 @@ def test_bad_options_are_refused_in_one_sentence(
 def test_a_long_name_loses_no_map(run: Run, photographs: Path, tmp_path: Path) -> None:
     long = photographs / f"{'貓' * 80}.png"  # 244 bytes
     (photographs / "chelsea.png").rename(long)
-    (tmp_path / "planted.py").write_text(PLANTED)
-    ended = run("map", long, "--model", "planted:patch", "--size", "64x64", "--grid", 2, "--out", "made")
+    (tmp_path / "planted_patch.py").write_text(PLANTED)
+    ended = run(
+        "map", long, "--model", "planted_patch:patch", "--size", "64x64", "--grid", 2, "--out", "made"
+    )
     assert ended.code == 0, ended.err
     (picture,) = (tmp_path / "made/maps").iterdir()
     assert picture.name == f"0001 {'貓' * 50}.png"

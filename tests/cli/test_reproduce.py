@@ -156,13 +156,13 @@ def test_each_picture_counts_once(
 def test_training_without_its_extra_is_refused_before_anything_is_measured(
     tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "planted.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
+    (tmp_path / "untrained_network.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
     (cifar / "data_batch_1.bin").write_bytes((cifar / "test_batch.bin").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("weakspot._checks.importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("weakspot.reproduction.reproduce", pytest.fail)
     monkeypatch.setattr(Material, "why_not", "")
-    arguments = ["--data", str(cifar), "--model", "planted:build", "--out", str(tmp_path / "out")]
+    arguments = ["--data", str(cifar), "--model", "untrained_network:build", "--out", str(tmp_path / "out")]
     result = runner.invoke(app, ["reproduce", "localized", *arguments])
     message = "reproduce localized needs lightning-fabric: pip install 'weakspot[train]'"
     assert str(result.exception) == message

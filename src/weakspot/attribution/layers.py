@@ -264,7 +264,7 @@ def _pooling_head(maps: Tensor, linear: list[tuple[Tensor, Tensor | None]], logi
         return None
     rebuilt = maps.mean((2, 3), dtype=logits.dtype) @ weight.to(logits).T + (0 if bias is None else bias)
     # In half precision, the network's own rounding counts.
-    atol = max(1e-4, torch.finfo(weight.dtype).eps * float(logits.abs().max()))
+    atol = max(1e-4, torch.finfo(weight.dtype).eps * float(logits.detach().abs().max()))
     return weight.detach() if torch.allclose(rebuilt, logits, rtol=1e-3, atol=atol) else None
 
 
