@@ -128,7 +128,7 @@ class CertificateFile:
         held = {name: digest(image) for name, image in zip(names, images, strict=True)}
         for name, content in zip(self.texts("names"), self.texts("images"), strict=True):
             if held.get(name, content) != content:
-                yield f"what it calls {name} is another image than in that file"
+                yield f"{name} holds another image than the one that is certified under this name"
 
     def altered(self, record: Mapping[str, object]) -> Iterator[str]:
         """Parts that are not what `to_json` writes of the certificate that was read.

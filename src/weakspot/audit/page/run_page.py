@@ -240,8 +240,8 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     warning = _warning(run, done, summary.remarks if summary else run.remarks)
     unread = (f"{skipped:,}", "skipped because they could not be read" if skipped else "skipped")
     if summary is None or not summary.images:
-        nothing = f"No image could be read{'' if run.complete else ' so far'}."
-        nothing = nothing if run.has_records else "No shard is finished yet."
+        none = f"No image could be read{'' if run.complete else ' so far'}."
+        nothing = none if run.has_records else "No shard is finished yet."
         return Header(title, subtitle, warning, [unread] if skipped else [], [nothing])
     facts = [*_facts(summary), unread]
     labels = f"Labels: {summary.labels}."
