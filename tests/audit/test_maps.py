@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from zarr.storage import LocalStore
 
+from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.maps import GroupMaps, MapBlock, MapWriter, _packed, merge_block
-from weakspot.audit.store.stored_maps import StoredMaps
+from weakspot.audit.store.stored_maps import StoredMap, StoredMaps
 
 ANY = st.floats(-(2.0**99), 2.0**99, width=32)
 
@@ -85,3 +90,18 @@ def test_maps_of_another_size_are_scaled_by_their_own_factors(tmp_path: Path) ->
     assert list(maps) == list(written)
     for number, (name, values) in enumerate(written.items()):
         np.testing.assert_allclose(maps[name][number, 0, 0], values[0], rtol=1 / 2048)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_server_that_sends_whole_files_is_named_beside_damage(tmp_path: Path, remote: bool) -> None:
+    """Asked for a part, such a server sends all of a file, whose checksum is then of other bytes."""
+
+    def part(_: object) -> NoReturn:
+        raise ValueError("Stored and computed checksum do not match.")
+
+    store = SimpleNamespace() if remote else LocalStore(tmp_path)
+    array: Any = MagicMock(path="clean", store=store, shape=(3, 1, 1, 1))
+    array.__getitem__.side_effect = part
+    with pytest.raises(DamagedError, match="the map clean is damaged") as raised:
+        StoredMap(array)[0]
+    assert ("its server does not send parts of files" in str(raised.value)) == remote
