@@ -141,6 +141,11 @@ def test_an_exception_is_one_sentence_and_an_exit_code(
             "--steps must be a valid integer, got 'x'; see weakspot explain --help",
         ),
         (("explain",), "no images were named (give files, folders, or --samples)"),
+        (("",), "arguments must not be empty, got weakspot ''"),
+        (("map", ""), "arguments must not be empty, got map '' (an empty shell variable?)"),
+        (("dissect", ""), "arguments must not be empty, got dissect ''"),
+        (("audit", "photos", "--out", ""), "arguments must not be empty, got --out ''"),
+        (("train", "photos", "--out="), "arguments must not be empty, got photos '--out='"),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_sentence(

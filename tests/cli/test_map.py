@@ -158,14 +158,7 @@ def test_a_long_name_loses_no_map(run: Run, photographs: Path, tmp_path: Path) -
     assert picture.name == f"0001 {'貓' * 50}.png"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("", "got an empty name"),
-        ("http://127.0.0.1/cat.png", "got http://127.0.0.1/cat.png (URLs are not read"),
-    ],
-)
-def test_what_is_no_path_is_not_taken_for_one(run: Run, name: str, message: str) -> None:
-    ended = run("map", name, "--model", "nothing:build")
+def test_a_url_is_not_taken_for_a_path(run: Run) -> None:
+    ended = run("map", "http://127.0.0.1/cat.png", "--model", "nothing:build")
     assert ended.code == 4
-    assert message in ended.err
+    assert "got http://127.0.0.1/cat.png (URLs are not read" in ended.err

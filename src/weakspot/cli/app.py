@@ -73,10 +73,6 @@ class Failure(Exception):  # noqa: N818 - a mistake of the user, not of the prog
 
 def read_path(text: str) -> Path:
     """The path of images that were named."""
-    if not text:
-        raise Failure(
-            "IMAGES must be files or folders, got an empty name (an empty shell variable?)", UNREADABLE
-        )
     if re.match(r"\w+://", text):
         raise Failure(
             f"IMAGES must be files or folders, got {text} (URLs are not read; download it first)", UNREADABLE
@@ -86,6 +82,19 @@ def read_path(text: str) -> Path:
 
 class Commands(TyperGroup):
     """All commands. Turns interrupts, and models that exit, into a `Failure`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line.
+
+        Raises:
+            Failure: if an argument is empty. As a path it would be the current folder.
+        """
+        for before, given in zip(["weakspot", *args], args, strict=False):
+            if not given or re.fullmatch(r"--[\w-]+=", given):
+                raise Failure(
+                    f"arguments must not be empty, got {before} '{given}' (an empty shell variable?)"
+                )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the selected command.
