@@ -18,6 +18,7 @@ from PIL import Image
 from tests.cli.conftest import NAMES, TINY, Run, save
 from tests.cli.test_map import PLANTED
 from weakspot import Analysis, Classifier, Pairs, sample_images
+from weakspot._checks import NotFiniteError
 from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
 from weakspot.cli.explain import _check_pair
@@ -449,14 +450,16 @@ def test_a_zero_gradient_is_said_once(run: Run, photographs: Path, tmp_path: Pat
 
 
 class Interrupting:
-    """An analysis that raises KeyboardInterrupt, or notes what standard output holds when it runs."""
+    """An analysis that raises an error, or notes what standard output holds when it runs."""
 
-    def __init__(self, capture: pytest.CaptureFixture[str] | None = None) -> None:
-        self.capture, self.seen = capture, ""
+    def __init__(
+        self, capture: pytest.CaptureFixture[str] | None = None, error: BaseException | None = None
+    ) -> None:
+        self.capture, self.seen, self.error = capture, "", error or KeyboardInterrupt()
 
     def __call__(self, model: Classifier, pairs: Pairs, *, seed: int) -> Analysis:
         if self.capture is None:
-            raise KeyboardInterrupt
+            raise self.error
         self.seen = self.capture.readouterr().out
         return Analysis(pd.DataFrame({"nothing": np.zeros(len(pairs))}), {})
 
@@ -516,12 +519,26 @@ def test_the_smallest_squares_come_first(run: Run, photographs: Path, tmp_path: 
     assert "Further analyses follow: cam (" in ended.out
 
 
-def test_an_interrupt_keeps_the_analyses_that_had_finished(
-    run: Run, photographs: Path, tmp_path: Path, last_analysis: Callable[[Interrupting], None]
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (NotFiniteError("NaN for image 0 of 9"), 2, "NaN for image 0 of 9"),
+    ],
+)
+def test_an_interrupt_or_nan_keeps_the_analyses_that_had_finished(
+    run: Run,
+    photographs: Path,
+    tmp_path: Path,
+    last_analysis: Callable[[Interrupting], None],
+    error: BaseException,
+    code: int,
+    reason: str,
 ) -> None:
-    last_analysis(Interrupting())
+    last_analysis(Interrupting(error=error))
     ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3, "--out", "kept")
-    assert ended.code == 130
+    assert ended.code == code
+    assert f"weakspot: {reason}; " in ended.err
     assert ended.err.strip().endswith("report.html holds the analyses that had finished, without late")
     record = json.loads((tmp_path / "kept/run.json").read_text())
     assert record["analyses left out"] == "late"

@@ -67,6 +67,31 @@ def test_an_image_without_finite_logits_is_named_and_skipped(
     assert alone.err.count("Dark returned NaN or infinity for every image") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("map",), ("attack", "--steps", 2), ("explain", "--analyses", "ssim"), ("explain", "--quick")],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_an_image_whose_changed_version_has_no_finite_logits_is_named_and_skipped(
+    run: Run, photographs: Path, arguments: tuple[str, ...]
+) -> None:
+    brittle = ("--model", "tiny_networks:brittle", "--size", "64x64", "--mean", "0", "--std", "1")
+    command, *options = arguments
+    options += ["--json", "--budget", "linf:0.2"]
+    without = json.loads(run(command, photographs, *brittle, *options, "--out", "without").out)
+    Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(photographs / "bright.png")
+    ended = run(command, photographs, *brittle, *options, "--out", "made")
+    assert ended.code == 0, ended.err
+    remark = "bright.png: Brittle returned NaN or infinity for a changed version; skipped"
+    assert ended.err.count(remark) == 1
+    document = json.loads(ended.out)
+    assert document["skipped"] == [remark]
+    assert document["scores"] == without["scores"]
+    alone = run(command, photographs / "bright.png", *brittle, *options, "--out", "alone")
+    assert alone.code == 2
+    assert alone.err.count("Brittle returned NaN or infinity for a changed version of every image") == 1
+
+
 def test_a_reference_image_without_finite_logits_is_named_and_skipped(run: Run, photographs: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 250, np.uint8)).save(photographs / "bright.png")
     dark = ("--model", "tiny_networks:dark", "--size", "64x64", "--mean", "0", "--std", "1")
@@ -293,7 +318,7 @@ def test_a_network_whose_preprocessing_is_not_known_is_named_once(
         ("tiny_networks:build", "--quiet"),
         ("tiny_networks:normalized",),
     ],
-    ids=" ".join,
+    ids=lambda arguments: " ".join(map(str, arguments)),
 )
 def test_preprocessing_that_is_given_is_not_doubted(
     run: Run, photographs: Path, model: tuple[str, ...]

@@ -15,7 +15,7 @@ from weakspot._progress import Display
 from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import Classifier
 from weakspot.cli.app import app
-from weakspot.cli.attack_choice import find_labels
+from weakspot.cli.labeled_images import find_labels
 from weakspot.cli.options import ModelOptions, OutputOptions
 from weakspot.cli.session import Images, Session
 from weakspot.datasets import from_tensors

@@ -17,6 +17,7 @@ from weakspot.budgets.parse import BUDGETS
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
 from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, find_aim, find_region
+from weakspot.cli.labeled_images import without_failures
 from weakspot.cli.options import (
     ATTACK,
     QUICK_IMAGES,
@@ -111,10 +112,14 @@ def attack(
         # Labels first: folders stand for classes in the order of all of them.
         aim = aim.subset(draw_rows(len(aim.names), limit, seed))
         session.make_folder()
-        mask, where = find_region(aims, classifier, aim, seed)
-        step = session.display.step("attacking", total=len(aim.images), counted=False)
-        shared = AttackOptions(chosen.budget, mask, aim.targets, seed, batch, step)
-        result = chosen.run(classifier, aim, shared)
+
+        def attack_all(given: Aim) -> tuple[str, AttackResult]:
+            mask, where = find_region(aims, classifier, given, seed)
+            step = session.display.step("attacking", total=len(given.images), counted=False)
+            shared = AttackOptions(chosen.budget, mask, given.targets, seed, batch, step)
+            return where, chosen.run(classifier, given, shared)
+
+        aim, (where, result) = without_failures(session, aim, attack_all)
         session.display.step("writing")
         about = {
             "attack": chosen.describe(classifier, aim, where),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from weakspot.attacks import Attack, AttackOptions, find_attack
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images
 from weakspot.cli.app import UNREADABLE, Failure, note
+from weakspot.cli.labeled_images import find_labels
 from weakspot.cli.options import (
     ATTACK,
     QUICK_STEPS,
@@ -33,8 +33,7 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import MOST_ROWS
 from weakspot.cli.session import Images, Session
-from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
-from weakspot.images import first_copies
+from weakspot.datasets.labels import ClassIndex
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.regions.masks import UnreadableError
@@ -58,27 +57,6 @@ class AimOptions:
     ] = None
     region: RegionOption = "none"
     fraction: FractionOption = 0.3
-
-
-class Labels(NamedTuple):
-    """Images and their labels.
-
-    Attributes:
-        images: those for which the model returns finite logits.
-        labels: (N,) classes that the images stand for.
-        logits: (N, K) of the images.
-        source: where the labels are from.
-    """
-
-    images: Images
-    labels: Tensor
-    logits: Tensor
-    source: str
-
-    def subset(self, rows: Sequence[int]) -> Labels:
-        """Some of the images."""
-        chosen = list(rows)
-        return Labels(self.images.subset(chosen), self.labels[chosen], self.logits[chosen], self.source)
 
 
 class Aim(NamedTuple):
@@ -113,42 +91,6 @@ class Aim(NamedTuple):
             [self.names[row] for row in chosen],
             self.predicted[chosen],
         )
-
-
-def find_labels(text: str | None, session: Session, images: Images) -> Labels:
-    """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions.
-
-    Images for which the model returns NaN or infinity are noted and skipped.
-    """
-    classifier, (logits, finite) = session.classifier, session.predict(images)
-    if text is None:
-        source = "the model's predictions on the clean images"
-        return Labels(images, logits.argmax(1), logits, source).subset(finite)
-    classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
-    files = [Path(path).absolute() for path in images.paths]
-    if text != FOLDERS:
-        by_file = read_labels(Path(text), classes).find_all(files, complete=True)
-        labels, source = [by_file[file] for file in files], text
-    else:
-        by_folder = folder_classes((file.parent.name for file in files), classes, sorted_order=True)
-        labels, source = [by_folder[file.parent.name] for file in files], "names of the images' folders"
-        first = min(by_folder)
-        if classes.find(first) is None:
-            note(
-                f"labels: the {classes.count} folders stand for the {classes.count} classes in sorted order ({first} "
-                "is class 0)"
-            )
-    # Only now, because folders stand for classes in the order of all of them.
-    return Labels(images, torch.tensor(labels, device=logits.device), logits, source).subset(finite)
-
-
-def distinct_rows(images: Images) -> list[int]:
-    """The rows of images that are no copies of an earlier one, for statistics; a note counts the copies."""
-    rows = sorted(set(first_copies(images.pixels).tolist()))
-    if copies := len(images.names) - len(rows):
-        verb = "is a copy" if copies == 1 else "are copies"
-        note(f"{counted(copies)} {verb} of another: each image counts once")
-    return rows
 
 
 def find_aim(session: Session, images: Images, options: AimOptions) -> tuple[Aim, str]:

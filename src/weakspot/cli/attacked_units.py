@@ -12,7 +12,7 @@ from weakspot.attacks import pgd
 from weakspot.budgets import Budget
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.cli.app import Failure
-from weakspot.cli.attack_choice import distinct_rows
+from weakspot.cli.labeled_images import distinct_rows
 from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
 from weakspot.cli.output import json_rows
 from weakspot.cli.session import Session

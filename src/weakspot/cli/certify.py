@@ -14,7 +14,8 @@ from torch import Tensor
 from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
 from weakspot.cli.app import GATE_FAILED, Failure, command, note
-from weakspot.cli.attack_choice import Aim, AimOptions, Labels, find_labels, find_region
+from weakspot.cli.attack_choice import Aim, AimOptions, find_region
+from weakspot.cli.labeled_images import Labels, find_labels
 from weakspot.cli.options import (
     QUICK_IMAGES,
     FractionOption,

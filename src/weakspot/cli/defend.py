@@ -18,8 +18,8 @@ from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images, predict
 from weakspot.cli.app import INTERRUPTED, Failure, command, note
-from weakspot.cli.attack_choice import distinct_rows, find_labels
 from weakspot.cli.defense_choice import find_defense
+from weakspot.cli.labeled_images import distinct_rows, find_labels
 from weakspot.cli.options import (
     ATTACK,
     QUICK_IMAGES,

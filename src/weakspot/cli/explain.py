@@ -9,12 +9,13 @@ from typing import Annotated, NamedTuple
 import typer
 from torch import Tensor
 
-from weakspot._checks import warn
+from weakspot._checks import NotFiniteError, warn
 from weakspot._io.files import write_atomic
 from weakspot.attacks import AttackOptions
 from weakspot.classifier import Classifier
 from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
-from weakspot.cli.attack_choice import AimOptions, AttackChoice, ChosenAttack, find_aim, find_region
+from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, ChosenAttack, find_aim, find_region
+from weakspot.cli.labeled_images import without_failures
 from weakspot.cli.options import (
     AnalysesOption,
     EveryOption,
@@ -111,7 +112,7 @@ def explain(
             attacked = _attack(session, classifier, read, aims, attack, seed=seed)
         others = None if reference is None else _read_reference(session, reference)
         screen = VerdictOutput(session, planned, every)
-        interrupted = False
+        stopped: Failure | None = None
         try:
             explanation = explain_pairs(
                 classifier,
@@ -123,11 +124,16 @@ def explain(
                 progress=session.display.step("explaining", total=len(planned), unit="analysis"),
                 on_analysis=screen.update,
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, NotFiniteError) as error:
             # Finished analyses are written all the same; before the first one, there is nothing to keep.
             if screen.latest is None:
                 raise
-            explanation, interrupted = screen.latest, True
+            explanation = screen.latest
+            stopped = (
+                Failure(str(error))
+                if isinstance(error, NotFiniteError)
+                else Failure("interrupted", INTERRUPTED)
+            )
         session.display.step("writing")
         left_out = [name for name in every_name if name not in explanation.analyses]
         made = {
@@ -135,14 +141,14 @@ def explain(
             "labels": attacked.source,
             **({} if pair or aims.region == "none" else {"region": aims.region}),
             **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
-            **({"analyses left out": ", ".join(left_out)} if interrupted or quick else {}),
+            **({"analyses left out": ", ".join(left_out)} if stopped or quick else {}),
             **({"options": options} if options else {}),
             **session.provenance(seed),
         }
         paths = _write(session, replace(explanation, made=made))
-    if interrupted:
+    if stopped is not None:
         kept = f"{paths['report.html']} holds the analyses that had finished, without {', '.join(screen.missing)}"
-        raise Failure(f"interrupted; {kept}", INTERRUPTED)
+        raise Failure(f"{stopped}; {kept}", stopped.code)
     session.report(
         lambda: _document(explanation, paths, session.skipped),
         lambda: _print_end(explanation, screen, paths, left_out if quick else []),
@@ -226,10 +232,14 @@ def _attack(
     """Attack the images."""
     aim, source = find_aim(session, images, aims)
     session.make_folder()
-    mask, where = find_region(aims, classifier, aim, seed)
-    step = session.display.step("attacking", total=len(aim.images), counted=False)
-    options = AttackOptions(attack.budget, mask, aim.targets, seed, None, step)
-    pairs = attack.run(classifier, aim, options)
+
+    def attack_all(given: Aim) -> tuple[str, Pairs]:
+        mask, where = find_region(aims, classifier, given, seed)
+        step = session.display.step("attacking", total=len(given.images), counted=False)
+        options = AttackOptions(attack.budget, mask, given.targets, seed, None, step)
+        return where, attack.run(classifier, given, options)
+
+    aim, (where, pairs) = without_failures(session, aim, attack_all)
     return _Attacked(pairs, aim.names, source, attack.describe(classifier, aim, where))
 
 

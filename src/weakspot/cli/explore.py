@@ -20,7 +20,7 @@ from weakspot._checks import first_line, require
 from weakspot._progress import Display
 from weakspot.classifier import Classifier
 from weakspot.cli.app import Failure, command, note, one_line
-from weakspot.cli.attack_choice import find_labels
+from weakspot.cli.labeled_images import find_labels
 from weakspot.cli.options import (
     ImagesArgument,
     LabelsOption,

@@ -14,7 +14,7 @@ from weakspot._io.files import write_atomic
 from weakspot.budgets import L2, read_budget
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
-from weakspot.cli.attack_choice import find_labels
+from weakspot.cli.labeled_images import Labels, find_labels, without_failures
 from weakspot.cli.options import (
     QUICK_IMAGES,
     BudgetOption,
@@ -90,19 +90,24 @@ def map(  # noqa: A001 - the name of the command
         check_choice("--effort", effort, EFFORTS)
         classifier = session.classifier
         labeled = find_labels(labels, session, session.read_images(sources, samples=samples))
-        read, truth, *_ = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
+        labeled = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         session.make_folder()
-        count = len(read.names)
-        squares = smallest_square(
-            classifier, read.pixels, truth, budget=spent, seed=seed,
-            progress=session.display.step("looking for the smallest squares", total=count),
-        )  # fmt: skip
-        spots = weak_spots(
-            classifier, read.pixels, truth, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
-            effort=effort, seed=seed,
-            progress=session.display.step("searching the cells", total=count, counted=False),
-        )  # fmt: skip
-        scores = _table(classifier, read.names, squares, spots)
+
+        def search(given: Labels) -> tuple[SmallestSquare, WeakSpots]:
+            pixels, count = given.images.pixels, len(given.labels)
+            squares = smallest_square(
+                classifier, pixels, given.labels, budget=spent, seed=seed,
+                progress=session.display.step("looking for the smallest squares", total=count),
+            )  # fmt: skip
+            spots = weak_spots(
+                classifier, pixels, given.labels, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
+                effort=effort, seed=seed,
+                progress=session.display.step("searching the cells", total=count, counted=False),
+            )  # fmt: skip
+            return squares, spots
+
+        labeled, (squares, spots) = without_failures(session, labeled, search)
+        scores = _table(classifier, labeled.names, squares, spots)
         session.display.step("writing")
         write_atomic(out / "scores.csv", partial(scores.to_csv, index=False))
         squares.pairs.save(out / "pairs.safetensors")

@@ -142,10 +142,13 @@ class Session:
                 f"{classifier.name} returned NaN or infinity for every image (check its weights and normalization)"
             )
         for row in (~finite).nonzero().flatten().tolist():
-            remark = one_line(f"{images.names[row]}: {classifier.name} returned NaN or infinity; skipped")
-            note(remark, failure=True)
-            self.skipped.append(remark)
+            self.skip(f"{images.names[row]}: {classifier.name} returned NaN or infinity; skipped")
         return logits, finite.nonzero().flatten().tolist()
+
+    def skip(self, remark: str) -> None:
+        """Note that an image is left out, and why."""
+        note(one_line(remark), failure=True)
+        self.skipped.append(one_line(remark))
 
     def make_folder(self) -> None:
         """Make the output folder before the work starts, so that no result is lost."""

@@ -1,0 +1,125 @@
+"""Labels of the images of a command, and which of the images are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from weakspot._checks import NotFiniteError
+from weakspot.cli.app import Failure, note
+from weakspot.cli.session import Images, Session
+from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
+from weakspot.images import first_copies
+from weakspot.statistics.number_format import counted
+
+
+class NamedImages(Protocol):
+    """Images with names, and what belongs to them."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def subset(self, rows: Sequence[int]) -> Self: ...
+
+
+Given = TypeVar("Given", bound=NamedImages)
+Made = TypeVar("Made")
+
+
+class Labels(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+        images: those for which the model returns finite logits.
+        labels: (N,) classes that the images stand for.
+        logits: (N, K) of the images.
+        source: where the labels are from.
+    """
+
+    images: Images
+    labels: Tensor
+    logits: Tensor
+    source: str
+
+    @property
+    def names(self) -> list[str]:
+        """N names."""
+        return self.images.names
+
+    def subset(self, rows: Sequence[int]) -> Labels:
+        """Some of the images."""
+        chosen = list(rows)
+        return Labels(self.images.subset(chosen), self.labels[chosen], self.logits[chosen], self.source)
+
+
+def find_labels(text: str | None, session: Session, images: Images) -> Labels:
+    """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions.
+
+    Images for which the model returns NaN or infinity are noted and skipped.
+    """
+    classifier, (logits, finite) = session.classifier, session.predict(images)
+    if text is None:
+        source = "the model's predictions on the clean images"
+        return Labels(images, logits.argmax(1), logits, source).subset(finite)
+    classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
+    files = [Path(path).absolute() for path in images.paths]
+    if text != FOLDERS:
+        by_file = read_labels(Path(text), classes).find_all(files, complete=True)
+        labels, source = [by_file[file] for file in files], text
+    else:
+        by_folder = folder_classes((file.parent.name for file in files), classes, sorted_order=True)
+        labels, source = [by_folder[file.parent.name] for file in files], "names of the images' folders"
+        first = min(by_folder)
+        if classes.find(first) is None:
+            note(
+                f"labels: the {classes.count} folders stand for the {classes.count} classes in sorted order ({first} "
+                "is class 0)"
+            )
+    # Only now, because folders stand for classes in the order of all of them.
+    return Labels(images, torch.tensor(labels, device=logits.device), logits, source).subset(finite)
+
+
+def distinct_rows(images: Images) -> list[int]:
+    """The rows of images that are no copies of an earlier one, for statistics; a note counts the copies."""
+    rows = sorted(set(first_copies(images.pixels).tolist()))
+    if copies := len(images.names) - len(rows):
+        verb = "is a copy" if copies == 1 else "are copies"
+        note(f"{counted(copies)} {verb} of another: each image counts once")
+    return rows
+
+
+def without_failures(session: Session, given: Given, run: Callable[[Given], Made]) -> tuple[Given, Made]:
+    """What `run` makes of the images, and those images: without the ones that it cannot change.
+
+    Images for which the model returns NaN or infinity while they are changed are noted and skipped. They are looked for
+    one by one, only if the run of all fails.
+
+    Args:
+        session: of the command.
+        given: images and what belongs to them.
+        run: must not depend on which images run together.
+    """
+    try:
+        return given, run(given)
+    except NotFiniteError:
+        left = []
+        for row, name in enumerate(given.names):
+            try:
+                run(given.subset([row]))
+            except NotFiniteError:
+                session.skip(
+                    f"{name}: {session.classifier.name} returned NaN or infinity for a changed version; skipped"
+                )
+            else:
+                left.append(row)
+        if not left:
+            raise Failure(
+                f"{session.classifier.name} returned NaN or infinity for a changed version of every image (check its "
+                "weights and normalization)"
+            ) from None
+        chosen = given.subset(left)
+        return chosen, run(chosen)
