@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from weakspot.attacks import AttackOptions, available_attacks, find_attack, stored
+from weakspot.attacks import available_attacks, find_attack, stored
 from weakspot.attacks.eight_bit import rounded
 from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
 from weakspot.budgets import Budget
 from weakspot.budgets.parse import BUDGETS
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
-from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, find_aim, find_region
-from weakspot.cli.labeled_images import without_failures
+from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, attack_images, find_aim
 from weakspot.cli.options import (
     ATTACK,
     QUICK_IMAGES,
@@ -112,17 +111,10 @@ def attack(
         # Labels first: folders stand for classes in the order of all of them.
         aim = aim.subset(draw_rows(len(aim.names), limit, seed))
         session.make_folder()
-
-        def attack_all(given: Aim) -> tuple[str, AttackResult]:
-            mask, where = find_region(aims, classifier, given, seed)
-            step = session.display.step("attacking", total=len(given.images), counted=False)
-            shared = AttackOptions(chosen.budget, mask, given.targets, seed, batch, step)
-            return where, chosen.run(classifier, given, shared)
-
-        aim, (where, result) = without_failures(session, aim, attack_all)
+        aim, result, how = attack_images(session, aim, aims, chosen, seed=seed, batch_size=batch)
         session.display.step("writing")
         about = {
-            "attack": chosen.describe(classifier, aim, where),
+            "attack": how,
             "labels": source,
             **session.provenance(seed),
         }

@@ -16,7 +16,7 @@ from weakspot.attacks import Attack, AttackOptions, find_attack
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images
 from weakspot.cli.app import UNREADABLE, Failure, note
-from weakspot.cli.labeled_images import find_labels
+from weakspot.cli.labeled_images import find_labels, without_failures
 from weakspot.cli.options import (
     ATTACK,
     QUICK_STEPS,
@@ -237,6 +237,31 @@ class ChosenAttack:
         budget = [] if self.budget is None else [str(self.budget)]
         toward = [] if aim.targets is None else [f"toward {classifier.class_name(int(aim.targets[0]))}"]
         return ", ".join([self.attack.name, *settings, *budget, where, *toward])
+
+
+def attack_images(
+    session: Session,
+    aim: Aim,
+    options: AimOptions,
+    chosen: ChosenAttack,
+    *,
+    seed: int,
+    batch_size: int | None = None,
+) -> tuple[Aim, AttackResult, str]:
+    """Attack images inside the region that the options describe, without those that the attack cannot change.
+
+    Returns:
+        What was attacked, the result, and the attack in one line.
+    """
+
+    def attack_all(given: Aim) -> tuple[AttackResult, str]:
+        region, where = find_region(options, session.classifier, given, seed)
+        step = session.display.step("attacking", total=len(given.images), counted=False)
+        shared = AttackOptions(chosen.budget, region, given.targets, seed, batch_size, step)
+        return chosen.run(session.classifier, given, shared), where
+
+    aim, (result, where) = without_failures(session, aim, attack_all)
+    return aim, result, chosen.describe(session.classifier, aim, where)
 
 
 def quick_steps(attack: Attack) -> int | None:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from weakspot._checks import NotFiniteError, warn
 from weakspot._io.files import write_atomic
-from weakspot.attacks import AttackOptions
 from weakspot.classifier import Classifier
 from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
-from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, ChosenAttack, find_aim, find_region
-from weakspot.cli.labeled_images import without_failures
+from weakspot.cli.attack_choice import AimOptions, AttackChoice, attack_images, find_aim
 from weakspot.cli.options import (
     AnalysesOption,
     EveryOption,
@@ -32,7 +30,7 @@ from weakspot.cli.options import (
     repeated,
 )
 from weakspot.cli.output import json_rows, print_text
-from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
+from weakspot.cli.session import Session, check_existing, check_sources, open_session
 from weakspot.cli.verdict_output import VerdictOutput
 from weakspot.explanations import Explanation
 from weakspot.explanations import explain as explain_pairs
@@ -109,7 +107,10 @@ def explain(
             session.make_folder()
         else:
             read = session.read_images(sources, samples=samples)
-            attacked = _attack(session, classifier, read, aims, attack, seed=seed)
+            aim, source = find_aim(session, read, aims)
+            session.make_folder()
+            aim, result, how = attack_images(session, aim, aims, attack, seed=seed)
+            attacked = _Attacked(result, aim.names, source, how)
         others = None if reference is None else _read_reference(session, reference)
         screen = VerdictOutput(session, planned, every)
         stopped: Failure | None = None
@@ -130,9 +131,9 @@ def explain(
                 raise
             explanation = screen.latest
             stopped = (
-                Failure(str(error))
-                if isinstance(error, NotFiniteError)
-                else Failure("interrupted", INTERRUPTED)
+                Failure("interrupted", INTERRUPTED)
+                if isinstance(error, KeyboardInterrupt)
+                else Failure(str(error))
             )
         session.display.step("writing")
         left_out = [name for name in every_name if name not in explanation.analyses]
@@ -218,29 +219,6 @@ class _Attacked(NamedTuple):
     names: list[str]
     source: str
     how: str
-
-
-def _attack(
-    session: Session,
-    classifier: Classifier,
-    images: Images,
-    aims: AimOptions,
-    attack: ChosenAttack,
-    *,
-    seed: int,
-) -> _Attacked:
-    """Attack the images."""
-    aim, source = find_aim(session, images, aims)
-    session.make_folder()
-
-    def attack_all(given: Aim) -> tuple[str, Pairs]:
-        mask, where = find_region(aims, classifier, given, seed)
-        step = session.display.step("attacking", total=len(given.images), counted=False)
-        options = AttackOptions(attack.budget, mask, given.targets, seed, None, step)
-        return where, attack.run(classifier, given, options)
-
-    aim, (where, pairs) = without_failures(session, aim, attack_all)
-    return _Attacked(pairs, aim.names, source, attack.describe(classifier, aim, where))
 
 
 def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
