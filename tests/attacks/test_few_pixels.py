@@ -486,3 +486,17 @@ def test_a_wrong_argument_is_refused_by_name(argument: str, value: Any) -> None:
         pytest.raises(ValueError, match=rf"^{argument} (is|must) .*{value}[^\n]*$"),
     ):
         few_pixel(model, images, predicted(model, images), **{argument: value})
+
+
+@each_method
+def test_the_default_type_of_new_tensors_changes_nothing(method: str) -> None:
+    model, images = drawn(FlatNetwork, (8, 6), 1, 2), random_images(3, 1, 8, 6)
+    labels = predicted(model, images)
+    expected = few_pixel(model, images, labels, method=method, **SHORT)
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = few_pixel(model, images, labels, method=method, **SHORT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(result.success, expected.success)
+    assert result.adversarial.dtype == torch.float32

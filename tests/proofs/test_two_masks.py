@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -334,3 +335,19 @@ def test_progress_ends_at_one() -> None:
     told: list[float] = []
     certify_patches(network, images, network(images).argmax(1), patch=2, masks=2, progress=told.append)
     assert told == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: (images * 255).byte(), r"floats in \[0, 1\], got torch.uint8"),
+        (lambda images: images[0], r"must have shape \(N, C, H, W\)"),
+        (lambda images: images[:0], "at least one pixel"),
+    ],
+)
+def test_the_masked_classifier_refuses_what_is_no_batch_of_images(
+    change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    masked = DoubleMasking(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(), patch=2, masks=2)
+    with pytest.raises(ValueError, match=message):
+        masked(change(torch.rand(2, 1, 8, 8)))

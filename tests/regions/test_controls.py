@@ -105,3 +105,13 @@ def test_regions_that_are_alike_are_moved_apart_by_their_images() -> None:
 def test_matched_suggests_the_kind_that_was_meant() -> None:
     with pytest.raises(ValueError, match=r"kind must .* got 'shfit' \(did you mean 'shift'\?"):
         regions.matched(torch.ones(1, 1, 3, 3, dtype=torch.bool), kind="shfit")
+
+
+def test_images_of_any_float_type_with_or_without_gradients_are_drawn_by() -> None:
+    region, images = torch.rand(2, 1, 6, 6) > 0.5, torch.rand(2, 3, 6, 6)
+    plain = regions.matched(region, images=images)
+    assert torch.equal(regions.matched(region, images=images.clone().requires_grad_()), plain)
+    assert torch.equal(regions.matched(region, images=images.to(memory_format=torch.channels_last)), plain)
+    assert regions.matched(region, images=images.bfloat16()).shape == region.shape
+    with pytest.raises(ValueError, match="region must hold at least one mask"):
+        regions.matched(region[:0])

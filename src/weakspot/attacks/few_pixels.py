@@ -155,7 +155,9 @@ def _evaluate(problem: Problem, children: _Candidates, parents: _Candidates | No
     earlier = names.new_zeros(0) if parents is None else _names(parents, owners).flatten()
     every, places = torch.unique(torch.cat([earlier, names.flatten()]), return_inverse=True)
     # One value for each name, NaN until it is known.
-    margins, fitness = (torch.full((len(every),), torch.nan, device=every.device) for _ in range(2))
+    margins, fitness = (
+        torch.full((len(every),), torch.nan, dtype=torch.float32, device=every.device) for _ in range(2)
+    )
     if parents is not None:
         margins[places[: len(earlier)]] = parents.margins.flatten()
         fitness[places[: len(earlier)]] = parents.fitness.flatten()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes
+from weakspot._checks import check_batch, check_classes
 from weakspot._progress import ProgressOption, shown
 from weakspot.classifier import Classifier, as_classifier, check_images, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
@@ -64,7 +64,12 @@ class DoubleMasking(nn.Module):
         self.fixed_batch = None  # batches are made inside
 
     def forward(self, images: Tensor) -> Tensor:
-        """Votes (N, K) on images (N, C, H, W) in [0, 1]."""
+        """Votes (N, K) on images (N, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: if they are not a batch of images.
+        """
+        check_batch(images)
         cover = MaskSet.covering((images.shape[2], images.shape[3]), self.patch, self.masks)
         return torch.stack(
             [MaskedImage(self.classifier, cover, image).votes() for image in images.detach().split(1)]

@@ -201,9 +201,16 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tenso
         raise ValueError(f"region must be bool (N, 1, H, W), got {tuple(region.shape)} {region.dtype}")
     check_seed(seed)
     check_choice("kind", kind, CONTROLS)
+    if not len(region):
+        raise ValueError(f"region must hold at least one mask, got {tuple(region.shape)}")
+    if images is not None:
+        check_batch(images)
     if images is not None and len(images) != len(region):
         raise ValueError(f"images must be as many as regions ({len(region)}), got {len(images)}")
-    contents = [b""] * len(region) if images is None else [image.cpu().numpy().tobytes() for image in images]
+    contents = [b""] * len(region)
+    if images is not None:
+        raw = images.detach().cpu().contiguous().view(torch.uint8)
+        contents = [image.numpy().tobytes() for image in raw]
     return torch.cat(
         [_control(mask, kind, seed, own) for mask, own in zip(region.split(1), contents, strict=True)]
     )
