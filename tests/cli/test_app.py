@@ -145,7 +145,7 @@ def test_an_exception_is_one_sentence_and_an_exit_code(
         (("map", ""), "arguments must not be empty, got map '' (an empty shell variable?)"),
         (("dissect", ""), "arguments must not be empty, got dissect ''"),
         (("audit", "photos", "--out", ""), "arguments must not be empty, got --out ''"),
-        (("train", "photos", "--out="), "arguments must not be empty, got photos '--out='"),
+        (("train", "photos", "--out="), "arguments must not be empty, got --out= (an empty shell"),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_sentence(

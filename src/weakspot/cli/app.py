@@ -91,9 +91,8 @@ class Commands(TyperGroup):
         """
         for before, given in zip(["weakspot", *args], args, strict=False):
             if not given or re.fullmatch(r"--[\w-]+=", given):
-                raise Failure(
-                    f"arguments must not be empty, got {before} '{given}' (an empty shell variable?)"
-                )
+                got = given or f"{before} ''"
+                raise Failure(f"arguments must not be empty, got {got} (an empty shell variable?)")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

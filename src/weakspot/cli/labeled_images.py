@@ -118,8 +118,8 @@ def without_failures(session: Session, given: Given, run: Callable[[Given], Made
                 left.append(row)
         if not left:
             raise Failure(
-                f"{session.classifier.name} returned NaN or infinity for a changed version of every image (check its "
-                "weights and normalization)"
+                f"{session.classifier.name} returned NaN or infinity for a changed version of each image that was "
+                "left (check its weights and normalization)"
             ) from None
         chosen = given.subset(left)
         return chosen, run(chosen)
