@@ -112,6 +112,14 @@ def test_images_with_other_channels_than_the_normalization_are_refused(
         classifier(images[:, :1])
 
 
+def test_bytes_are_refused(images: Tensor) -> None:
+    classifier = Classifier.wrap(Returning(lambda logits: logits).eval())
+    with pytest.raises(
+        ValueError, match=r"^images must be floats in \[0, 1\], got torch.uint8 \(divide bytes"
+    ):
+        classifier((images * 255).byte())
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
@@ -126,6 +134,8 @@ def test_images_with_other_channels_than_the_normalization_are_refused(
         ([float("nan")], [1.0], "^mean must be"),
         (0.5, [1.0], "^mean must be"),
         ([0.5], 0.25, "^std must be"),
+        ([0.5], ["a"], r"^std must be .*got \['a'\]"),
+        ([None] * 3, [1.0], "^mean must be .*got .None"),
     ],
 )
 def test_a_wrong_mean_or_std_is_refused_by_name(mean: Any, std: Any, message: str) -> None:

@@ -473,6 +473,8 @@ def test_pairs_are_iterated_one_by_one() -> None:
     assert whole[1:][0].names == ("coffee",)
     assert AttackResult.concatenate([whole[:1], whole[1:]]).names == whole.names
     assert AttackResult.concatenate([whole[:1], results(2)]).names == ()
+    with pytest.raises(ValueError, match="results must have at least one result, got none"):
+        AttackResult.concatenate([])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,8 @@ class Classifier(nn.Module):
 
     def in_own_mode(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in the module's current mode, for training."""
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floats in [0, 1], got {images.dtype} (divide bytes by 255)")
         channels = max(self.mean.shape[1], self.std.shape[1])  # either may be one value for all
         if channels not in {1, images.shape[1]}:
             raise ValueError(
@@ -183,7 +186,7 @@ class Classifier(nn.Module):
 def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
     """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
     for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, Sequence):
+        if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
             raise ValueError(
                 f"{name} must be a list of one number for all channels or one for each, got {values!r}"
             )

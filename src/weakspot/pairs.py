@@ -261,13 +261,13 @@ class AttackResult(Pairs):
     @classmethod
     def concatenate(cls, results: Sequence[Self]) -> Self:
         """Results one after the other; a field that one of them lacks is None, and names that one lacks are empty."""
+        if not results:
+            raise ValueError("results must have at least one result, got none")
         tables = [result._tensors() for result in results]
         shared = [name for name in tables[0] if all(name in table for table in tables)]
-        names = tuple(name for result in results for name in result.names)
-        return cls(
-            **{name: torch.cat([table[name] for table in tables]) for name in shared},
-            names=names if all(result.names for result in results) else (),
-        )
+        named = all(result.names for result in results)
+        names = tuple(name for result in results for name in result.names if named)
+        return cls(**{name: torch.cat([table[name] for table in tables]) for name in shared}, names=names)
 
     def __repr__(self) -> str:
         success = f"{int(self.fooled.sum())} of {len(self)} successful"

@@ -155,6 +155,13 @@ def test_a_named_layer_is_read_as_it_came_out(pooling: Made, layer: str, wrapped
     torch.testing.assert_close(class_activation(model, images, CLASSES, layer=name), spread(expected, images))
 
 
+def test_a_layer_may_be_named_by_its_number(pooling: Made) -> None:
+    model, images = pooling
+    numbered = nn.Sequential(*pooling_parts(model, images)[0].stem, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    maps = [class_activation(numbered.eval(), images, CLASSES, layer=layer) for layer in ("0", 0)]  # type: ignore[arg-type]
+    assert torch.equal(*maps)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

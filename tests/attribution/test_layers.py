@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import NETWORKS, Made, TokenNetwork, untouched
-from weakspot.attribution.layers import Layer, Layout, find_layer
+from weakspot.attribution.layers import Layer, find_layer
+from weakspot.attribution.layout import Layout
 from weakspot.classifier import as_classifier
 
 LAW = settings(deadline=None, derandomize=True)  # the same cases in every run

@@ -272,6 +272,7 @@ def test_other_norms_are_evaluated_too() -> None:
         ({"seed": 0.5}, "seed must .* got 0.5"),
         ({"budget": 0.1}, "budget must .* got 0.1"),
         ({"defended": len}, "defended must be a torch.nn.Module, got builtin_function_or_method"),
+        ({"oracle": 5}, "oracle must be a function of attacked and clean images, got 5"),
         ({"substitute": 3}, "substitute must be a torch.nn.Module, got int"),
         ({"labels": torch.full((12,), 9)}, "labels"),
         (

@@ -129,4 +129,9 @@ def test_arguments_that_do_not_fit_are_named(arguments: dict[str, Any], message:
         neutralizing(model, **arguments)
     with pytest.raises(ValueError, match="region must"):
         defenses.neutralize(images, torch.ones(1, 1, 2, 2, dtype=torch.bool))
-    assert isinstance(neutralizing(model), Classifier)
+    defended = neutralizing(model)
+    assert isinstance(defended, Classifier)
+    with pytest.raises(ValueError, match="images must hold at least one pixel, got shape"):
+        defended(images[:0])
+    with pytest.raises(ValueError, match=r"images must be floats in \[0, 1\], got torch.uint8"):
+        defended((images * 255).byte())

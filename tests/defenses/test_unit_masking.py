@@ -241,7 +241,7 @@ def test_a_mask_that_would_mask_nothing_is_refused() -> None:
         mask_units(Classifier.wrap(traced, input_size=(16, 16)), "branch", [0])
 
 
-@pytest.mark.parametrize("units", [torch.zeros(8, dtype=torch.bool), [1.7], "12", 3, [True]])
+@pytest.mark.parametrize("units", [torch.zeros(8, dtype=torch.bool), [1.7], "12", 3, [True], torch.tensor(1)])
 def test_values_that_are_not_units_are_refused(units: Any) -> None:
     model, _ = NETWORKS["pooling"]()
     with pytest.raises(ValueError, match="units must be integers of at least 0"):
@@ -275,3 +275,11 @@ def test_units_may_be_a_tensor_and_must_be_as_many_as_the_layer_has() -> None:
     assert table["units"].tolist()[:2] == [0, 1]
     with pytest.raises(ValueError, match="must be 1 to 2 units, as many as 'look' has, got 3"):
         masking(model, "look", [0, 1, 2], images, labels, attack=by_pgd)
+
+
+def test_an_attack_that_is_no_function_is_refused() -> None:
+    model, images, labels = leaky()
+    with pytest.raises(
+        ValueError, match=r"attack must be a function of model, images and labels .*got 'pgd'"
+    ):
+        masking(model, "head", [0], images, labels, attack="pgd")  # type: ignore[arg-type]

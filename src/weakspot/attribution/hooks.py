@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from weakspot._checks import unknown_choice
 from weakspot._memory import remembered
 from weakspot._state import hooked
-from weakspot.attribution.layers import Calls, Layout, first_tensor, noise_like
+from weakspot.attribution.layers import Calls, first_tensor, layer_key, noise_like
+from weakspot.attribution.layout import Layout
 from weakspot.classifier import Classifier
 from weakspot.fusion import folded_convolutions, fused
 
@@ -68,8 +69,7 @@ def spatial_layers(
     every = every or _calls(classifier, image)
     chosen: dict[str, Place] = {}
     for name in names:
-        spellings = (str(name), str(name).removeprefix("network."), f"network.{name}")
-        plain = next((spelling for spelling in spellings if spelling in every), str(name))
+        plain = layer_key(name, every) or str(name)
         if plain not in every:
             modules = {key for key, _ in classifier.network.named_modules()}
             why = f"{plain} has no feature map" if plain in modules else ""

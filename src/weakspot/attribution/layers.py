@@ -6,7 +6,7 @@ a bare `relu(x + y)` that belongs to no module, and exported networks have no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,87 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from weakspot._checks import unknown_choice
 from weakspot._state import hooked, is_unwatched
+from weakspot.attribution.layout import Layout
 from weakspot.classifier import Classifier
-
-ASPECT_TOLERANCE = 0.2  # how far the aspect ratio of a map may be from that of the image
-LARGEST_PREFIX = 8  # class, distillation and register tokens before the patches
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an activation represents a map of the image.
-
-    Attributes:
-        kind: "channels_first" (N, C, h, w), "channels_last" (N, h, w, C) or "tokens" (N, prefix + h w, C).
-        height: of the map, in cells.
-        width: of the map, in cells.
-        prefix: tokens before the first patch.
-    """
-
-    kind: str
-    height: int
-    width: int
-    prefix: int = 0
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Height and width of the map."""
-        return self.height, self.width
-
-    def maps(self, activation: Tensor) -> Tensor:
-        """The activation as (N, C, h, w)."""
-        if self.kind == "channels_last":
-            return activation.permute(0, 3, 1, 2)
-        if self.kind == "tokens":
-            patches = activation[:, self.prefix :].transpose(1, 2)
-            return patches.reshape(*patches.shape[:2], self.height, self.width)
-        return activation
-
-    @staticmethod
-    def of(activation: Tensor, image: Tensor) -> Layout | None:
-        """The layout whose cells have the image's aspect ratio, or None if there is none."""
-        aspect = image.shape[-2] / image.shape[-1]
-        if activation.ndim == 4:
-            _, first, second, third = activation.shape
-            orders = {"channels_first": (second, third), "channels_last": (first, second)}
-            fitting = {kind: cells for kind, cells in orders.items() if _has_aspect(*cells, aspect)}
-            if fitting:
-                kind = min(fitting, key=lambda kind: abs(fitting[kind][0] / fitting[kind][1] / aspect - 1))
-                return Layout(kind, *fitting[kind])
-        if activation.ndim == 3:
-            for prefix in range(LARGEST_PREFIX + 1):
-                patches = activation.shape[1] - prefix
-                height = round((max(patches, 0) * aspect) ** 0.5)
-                if height and patches % height == 0 and _tiles(height, patches // height, image):
-                    return Layout("tokens", height, patches // height, prefix)
-        return None
-
-
-def unit_axis(activation: Tensor, images: Tensor) -> int:
-    """The axis of an activation that numbers the units; the second if it has no map."""
-    layout = Layout.of(activation, images)
-    return activation.ndim - 1 if layout is not None and layout.kind != "channels_first" else 1
-
-
-def _has_aspect(height: int, width: int, aspect: float) -> bool:
-    # A grid of a few cells cannot match an aspect ratio closely: one cell more or less is always accepted.
-    exact = height * width > 1 and abs(height / width / aspect - 1) <= ASPECT_TOLERANCE
-    rounded = height * width > 1 and min(abs(height - width * aspect), abs(width - height / aspect)) < 1
-    return exact or rounded
-
-
-def _tiles(height: int, width: int, image: Tensor) -> bool:
-    """Whether patches of one size, the last ones dropped or padded, divide the image into this grid."""
-    if height * width <= 1:
-        return False
-    sides = ((image.shape[-2], height), (image.shape[-1], width))
-    # One patch side p fits both axes: floor(side / p) = cells if the rest is cut off, ceil if it is padded.
-    cut = max(side / (cells + 1) for side, cells in sides) < min(side / cells for side, cells in sides)
-    filled = max(side / cells for side, cells in sides) < min(
-        side / max(cells - 1, 1e-9) for side, cells in sides
-    )
-    return cut or filled
-
 
 LEARNED = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "einsum"}
 SEQUENCE = {
@@ -289,12 +210,11 @@ def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> s
 
 
 def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
-    modules = {key: module for key, module in classifier.network.named_modules() if key}
-    spellings = (name, name.removeprefix("network."), f"network.{name}")
-    module = next((modules[spelling] for spelling in spellings if spelling in modules), None)
-    if module is None:
+    modules = dict(classifier.network.named_modules())
+    key = layer_key(name, modules)
+    if key is None:
         raise ValueError(unknown_choice("layer", name, filter(None, modules)))
-    probe = Layer(name, classifier, Layout("channels_first", 0, 0), module)
+    probe = Layer(name, classifier, Layout("channels_first", 0, 0), modules[key])
     with probe.watched() as seen:
         classifier(image)
     if not seen:
@@ -306,6 +226,12 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
             f"returns {tuple(seen[-1].shape)} (name a layer with height and width)"
         )
     return replace(probe, layout=layout)
+
+
+def layer_key(name: str, known: Container[str]) -> str | None:
+    """The spelling of a layer's name that is known, with or without the "network." of a wrapper, or None."""
+    spellings = (str(name), str(name).removeprefix("network."), f"network.{name}")
+    return next((spelling for spelling in spellings if spelling and spelling in known), None)
 
 
 def first_tensor(output: object) -> Tensor | None:

@@ -105,6 +105,8 @@ def evaluate_defense(
     import pandas as pd
 
     check_seed(seed)
+    if oracle is not None and not callable(oracle):
+        raise ValueError(f"oracle must be a function of attacked and clean images, got {oracle!r}")
     for name, count in (("steps", steps), ("draws", draws), ("queries", queries)):
         check_count(name, count)
     check_fraction(fraction)

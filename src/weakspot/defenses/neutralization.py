@@ -202,6 +202,7 @@ class _Neutralizing(DrawnByImage):
         self.randomness, self.seed = randomness, seed
 
     def forward(self, images: Tensor) -> Tensor:
+        check_batch(images)
         region = vulnerable_region(
             self.defended,
             images,

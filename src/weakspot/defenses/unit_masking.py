@@ -20,7 +20,8 @@ from weakspot._checks import check_classes, check_seed, unknown_choice
 from weakspot._progress import Progress
 from weakspot.attacks import pgd
 from weakspot.attribution.hooks import replacing
-from weakspot.attribution.layers import unit_axis
+from weakspot.attribution.layers import layer_key
+from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
@@ -53,8 +54,7 @@ def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> C
     wanted = unit_numbers(units)
     classifier = as_classifier(model)
     modules = dict(classifier.network.named_modules())
-    spellings = (str(layer), str(layer).removeprefix("network."), f"network.{layer}")
-    name = next((spelling for spelling in spellings if spelling and spelling in modules), None)
+    name = layer_key(layer, modules)
     if name is None:
         raise ValueError(unknown_choice("layer", layer, filter(None, modules)))
     mean, std = (values.flatten().tolist() for values in (classifier.mean, classifier.std))
@@ -98,10 +98,11 @@ def unit_numbers(units: Sequence[int] | Tensor) -> list[int]:
         ValueError: if one of them is not an integer of at least 0.
     """
     expected = "units must be integers of at least 0, such as [3, 17], got"
-    if isinstance(units, str | bytes) or not isinstance(units, Iterable):
+    listed = units.tolist() if isinstance(units, Tensor | np.ndarray) else units
+    if isinstance(listed, str | bytes) or not isinstance(listed, Iterable):
         raise ValueError(f"{expected} {units!r}")
     numbers = set()
-    for unit in units.tolist() if isinstance(units, Tensor) else units:
+    for unit in listed:
         try:
             number = operator.index(unit)
         except TypeError:
@@ -200,6 +201,10 @@ def masking(
     import pandas as pd
 
     check_seed(seed)
+    if not callable(attack):
+        raise ValueError(
+            f"attack must be a function of model, images and labels such as attacks.pgd, got {attack!r}"
+        )
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(labels, len(images))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weakspot import _random
 from weakspot._checks import check_batch_size, check_seed, is_number
 from weakspot.attribution.hooks import Place, default_layers, replacing, spatial_layers
-from weakspot.attribution.layers import unit_axis
+from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, prepare_pairs
 from weakspot.pairs import Pairs

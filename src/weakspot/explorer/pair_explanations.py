@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weakspot._checks import collected_warnings
 from weakspot.attribution.hooks import reading, replacing, spatial_layers
-from weakspot.attribution.layers import unit_axis
+from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import evaluating
 from weakspot.explanations import explain, random_edits
 from weakspot.explanations.analysis import accepted_options, available_analyses, find_analyses
