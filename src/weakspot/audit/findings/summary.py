@@ -110,9 +110,9 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     """One row per attack and region: the rows that a gate checks.
 
     Returns:
-        Columns attack, budget ("" if there is none), judged (whether the attack may have a robust accuracy), region,
-        region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy, errors, skipped; for every
-        score its mean NAME with NAME_low and NAME_high.
+        Columns attack, budget ("" if there is none), judged (whether the attack may have a robust accuracy), known
+        (see `CellSummary`), region, region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy,
+        errors, skipped; for every score its mean NAME with NAME_low and NAME_high.
     """
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
     table["budget"] = table["budget"].fillna("")
