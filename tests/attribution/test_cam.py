@@ -446,3 +446,26 @@ def test_no_warning_of_torch_leaks(pooling: Made) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         class_activation(pooling[0], pooling[1], torch.zeros(3, dtype=torch.long))
+
+
+class SpreadPooling(nn.Module):
+    """Logits of the standard deviations of maps, whose gradients sum to zero over each map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.gelu(self.conv(images)).std((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_errors_of_gradients_that_sum_to_zero_are_no_evidence(seed: int) -> None:
+    torch.manual_seed(seed)
+    images = torch.rand(3, 3, 24, 20)
+    assert not class_activation(SpreadPooling().eval(), images, CLASSES).any()
+    tail = [nn.InstanceNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), *tail).eval()
+    assert not class_activation(model, images, CLASSES, layer="0").any()
+    assert class_activation(model, images, CLASSES).any()

@@ -10,6 +10,7 @@ from weakspot.attribution.layers import Layer, find_layer
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating
 
 ALIGNMENTS = ("resize", "receptive_field", "effective")
+ROUNDING = 1e-5  # of the sum of absolute gradients
 
 
 def class_activation(
@@ -26,7 +27,8 @@ def class_activation(
     equation 2), whose mean over the map is the logit less its bias. Elsewhere it is Grad-CAM (Selvaraju et al. 2017,
     arXiv 1610.02391) with gradients summed over the map instead of averaged, so that both agree where both exist, and
     without its final ReLU, which is clamp(min=0). For a network of tokens, the last normalized tokens that reach the
-    logit are used. A network without any map of the image gets gradient times image.
+    logit are used. A network without any map of the image gets gradient times image. Where gradients sum to zero over
+    the map but for rounding, as before an instance normalization, Grad-CAM is zero: it shows no evidence.
 
     Args:
         model: any classifier.
@@ -134,7 +136,11 @@ def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Ten
             picked, activation, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         # alpha_c of Grad-CAM (equation 1), without dividing by the number of cells.
-        weights = layer.layout.maps(gradient)[:count].sum((2, 3))
+        gradients = layer.layout.maps(gradient)[:count]
+        weights = gradients.sum((2, 3))
+        # Before a normalization over the map, gradients sum to zero: what rounding leaves of them is no evidence.
+        rounding = weights.abs().amax(1) <= ROUNDING * gradients.abs().sum((2, 3)).amax(1)
+        weights = weights.masked_fill(rounding[:, None], 0)
         evidence.append(torch.einsum("nc,nchw->nhw", weights, maps))
     return torch.stack(evidence, 1).float()
 
