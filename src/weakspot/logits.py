@@ -224,7 +224,8 @@ def filled(images: Tensor, multiple: int) -> Tensor:
 
 def probe_images(images: Tensor) -> Tensor:
     """Probes (8, C, H, W): two of noise, gray, black, white, then three of noise so strong that a sigmoid saturates."""
-    noise = torch.rand((2, *images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((2, *images.shape[1:]), generator=generator, dtype=torch.float32).to(images)
     flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
     strong = 1e4 * (noise - 0.5)
     return torch.cat([noise, flat, strong, -strong[:1]])

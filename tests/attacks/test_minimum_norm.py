@@ -24,7 +24,7 @@ from tests.attacks.test_few_pixels import (
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
 from tests.covering import sampled
 from tests.networks import FlatNetwork, doubled, untouched
-from weakspot.attacks import carlini_wagner, ead, fmn, pgd, strattack
+from weakspot.attacks import carlini_wagner, ead, fmn, minimal_pgd, pgd, strattack
 from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import STEPS
 from weakspot.attacks.tradeoff import BestSoFar, squared
@@ -340,3 +340,19 @@ def test_fmn_finds_the_boundary_of_steep_and_of_flat_networks(norm: str, scale: 
     expected = fmn(plain, images, labels, norm=norm, on_grid=False)
     assert bool(found.success.all())
     torch.testing.assert_close(found.adversarial, expected.adversarial, rtol=1e-3, atol=1e-3)
+
+
+def test_the_default_type_of_new_tensors_changes_no_smallest_change() -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for seed in range(12):  # an image that no straight step fools is searched with steps of equal length
+        torch.manual_seed(seed)
+        tail = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *tail).eval()
+        labels = predicted(model, images)
+        expected = minimal_pgd(model, images, labels)
+        torch.set_default_dtype(torch.float64)
+        try:
+            result = minimal_pgd(model, images, labels)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(result.adversarial, expected.adversarial)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -469,3 +471,33 @@ def test_rounding_errors_of_gradients_that_sum_to_zero_are_no_evidence(seed: int
     model = nn.Sequential(nn.Conv2d(3, 6, 3), *tail).eval()
     assert not class_activation(model, images, CLASSES, layer="0").any()
     assert class_activation(model, images, CLASSES).any()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_class_activation_of_its_network() -> None:
+    code = (
+        "import torch\n"
+        "from torch import nn\n"
+        "from weakspot import class_activation\n"
+        "tail = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]\n"
+        "model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *tail).eval()\n"
+        "images, classes = torch.rand(2, 3, 14, 18), torch.tensor([0, 3])\n"
+        "expected = class_activation(model, images, classes)\n"
+        "compiled = torch.compile(model, backend='eager')\n"
+        "for _ in range(2):\n"
+        "    assert torch.equal(class_activation(compiled, images, classes), expected)\n"
+        "    compiled(images)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_default_type_of_new_tensors_changes_no_class_activation(any_model: Made) -> None:
+    model, images = any_model
+    for alignment in ("resize", "effective"):
+        expected = class_activation(model, images, CLASSES, alignment=alignment)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = class_activation(model, images, CLASSES, alignment=alignment)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

@@ -88,6 +88,22 @@ def test_another_aspect_ratio_is_not_a_map(shape: tuple[int, ...]) -> None:
     assert Layout.of(torch.zeros(shape), torch.zeros(1, 3, 64, 160)) is None
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "kernel", "stride", "padding"),
+    [((48, 64), 16, 7, 2, 0), ((128, 171), 48, 3, 2, 1), ((144, 256), 40, 3, 2, 0), ((32, 40), 24, 3, 1, 0)],
+)
+def test_a_number_of_channels_near_the_aspect_ratio_is_not_taken_for_a_side(
+    size: tuple[int, int], channels: int, kernel: int, stride: int, padding: int
+) -> None:
+    image = torch.zeros(1, 3, *size)
+    activation = nn.Conv2d(3, channels, kernel, stride, padding)(image)
+    assert Layout.of(activation, image) == Layout("channels_first", *activation.shape[2:])
+
+
+def test_two_pooled_units_are_no_map_of_a_portrait() -> None:
+    assert Layout.of(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 64, 48)) is None
+
+
 class ExplicitAttention(nn.Module):
     """A transformer block with its attention written out: softmax(q k) is square, as maps of square images are."""
 

@@ -603,6 +603,29 @@ def test_a_recording_keeps_the_weights_of_its_time(image: Tensor) -> None:
     torch.testing.assert_close(edits.logits(torch.zeros_like(tops), tops, lefts, patches), before)
 
 
+class RowByRow(nn.Module):
+    """A recurrent network that reads an image row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.LSTM(9, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.rows(images[:, 0])[0][:, -1])
+        return logits
+
+
+def test_a_recurrent_network_gets_whole_passes() -> None:
+    """Replaying its layer with another number of images ended the process."""
+    model, image = RowByRow().eval(), torch.rand(1, 1, 7, 9)
+    places, patches = torch.arange(5), torch.rand(5, 1, 2, 2)
+    edited = image.repeat(5, 1, 1, 1)
+    for number in range(5):
+        edited[number, :, number : number + 2, number : number + 2] = patches[number]
+    found = LocalEdits(model, image).logits(places, places, patches)
+    torch.testing.assert_close(found, model(edited).detach())
+
+
 @pytest.mark.slow
 def test_a_compiled_model_gives_the_same_logits_and_the_recorder_is_not_compiled() -> None:
     code = (

@@ -152,7 +152,7 @@ def walk(
     if largest is None:
         largest = norm.size(torch.maximum(clean, 1 - clean))  # no image can be changed by more
     change, radius = torch.zeros_like(clean), torch.zeros_like(largest)
-    values = problem.region.expand_as(clean).flatten(1).sum(1)
+    values = problem.region.expand_as(clean).flatten(1).sum(1).to(clean)
     for number in range(steps):
         point = problem.apply(change)
         margins, _, direction = problem.loss_and_gradient(point)

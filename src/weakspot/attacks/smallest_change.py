@@ -238,7 +238,8 @@ class SmallestChange:
             rows = (self.best.size.isinf() & near).nonzero()[:, 0]
             clean, start, pace = self.problem.clean[rows], self.best.images[rows], SHORT
             if number is not None:
-                pattern = torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(number))
+                generator = torch.Generator().manual_seed(number)
+                pattern = torch.rand(clean.shape[1:], generator=generator, dtype=torch.float32)
                 start, pace = torch.where(self.problem.region[rows], pattern.to(clean).round(), clean), WIDE
             self._round(rows, None, self.largest[rows], start=start - clean, pace=pace)
 

@@ -131,10 +131,8 @@ def _probes(image: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     height, width = image.shape[2:]
     grains = [grain for grain in (1, 4, 16) if grain == 1 or min(height, width) >= 2 * grain]
-    noise = [
-        torch.rand(2, image.shape[1], -(-height // grain), -(-width // grain), generator=generator)
-        for grain in grains
-    ]
+    shapes = [(2, image.shape[1], -(-height // grain), -(-width // grain)) for grain in grains]
+    noise = [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes]
     return torch.cat([F.interpolate(n, (height, width), mode="bilinear") for n in noise]).to(image)
 
 

@@ -6,8 +6,9 @@ a bare `relu(x + y)` that belongs to no module, and exported networks have no mo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -141,7 +142,7 @@ def find_layer(
 
 def noise_like(image: Tensor) -> Tensor:
     """Uniform noise of the given shape, the same every time."""
-    return torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    return torch.rand(image.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(image)
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,10 @@ class Calls(TorchFunctionMode):
         def restart(_module: nn.Module, _inputs: object) -> None:
             self.number = 0
 
-        with hooked(root, restart, before=True), self:
+        # The compiler traces and checks with torch calls of its own, more in some passes than in others.
+        compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with eager, hooked(root, restart, before=True), self:
             yield
 
     def __torch_function__(

@@ -46,6 +46,11 @@ class Layout:
         aspect = image.shape[-2] / image.shape[-1]
         if activation.ndim == 4:
             _, first, second, third = activation.shape
+            if second * third == 1:
+                return None
+            # Before the aspect ratios, because a number of channels can have a better one by chance.
+            if _tiles(second, third, image):
+                return Layout("channels_first", second, third)
             orders = {"channels_first": (second, third), "channels_last": (first, second)}
             fitting = {kind: cells for kind, cells in orders.items() if _has_aspect(*cells, aspect)}
             if fitting:

@@ -252,7 +252,7 @@ def _sums(classifier: Classifier) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _noise(device: torch.device) -> Tensor:
-    return torch.rand(2**16, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.rand(2**16, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
 
 
 def _weights(count: int, device: torch.device) -> Tensor:

@@ -89,6 +89,10 @@ class _Recorder(DispatchMode):
         return result
 
     def _note(self, func: OpOverload, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
+        if (
+            name == "mkldnn_rnn_layer"
+        ):  # its states fit one number of images, and with another it corrupts memory
+            raise CannotRecordError("it has a recurrent layer")
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)

@@ -227,7 +227,7 @@ def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
         # One number for both axes, from 1 on: every shift but none at all is equally likely.
         move = int(torch.randint(1, height * width, (), generator=generator))
         return mask.roll((move // width, move % width), (2, 3))
-    scores = torch.rand(1, 1, height, width, generator=generator)
+    scores = torch.rand(1, 1, height, width, generator=generator, dtype=torch.float32)
     if kind == "border":
         rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
         inward = torch.minimum(

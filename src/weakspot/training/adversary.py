@@ -151,7 +151,8 @@ def scattered(region: Tensor, places: Tensor, count: int, seed: int) -> Tensor:
         seed: of the masks.
     """
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand((count, *region.shape[1:]), generator=generator)[places].flatten(1)
+    drawn = torch.rand((count, *region.shape[1:]), generator=generator, dtype=torch.float32)
+    scores = drawn[places].flatten(1)
     # The sites of the lowest random scores, as many as the region has: exact area, uniform sites.
     ranks = scores.argsort(1).argsort(1)
     return (ranks < region.flatten(1).sum(1, keepdim=True)).view_as(region)

@@ -195,7 +195,7 @@ class Augmentation:
         self.shifts = torch.stack(
             [torch.randint(-limit, limit + 1, (count,), generator=generator) for limit in self.limits], 1
         )
-        self.flips = torch.rand(count, generator=generator) < (0.5 if "flip" in augment else 0)
+        self.flips = torch.rand(count, generator=generator, dtype=torch.float32) < 0.5 * ("flip" in augment)
         self.is_identity = augment == "none"
 
     def apply(self, rows: Tensor, pixels: Tensor, *, fill: float = 0) -> Tensor:
