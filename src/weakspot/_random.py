@@ -1,4 +1,4 @@
-"""Random numbers per image, which do not depend on batch, order or device.
+"""Random numbers that depend on seeds and images alone, not on batch, order, device or default type.
 
 A counter is hashed with a key of the image's content and a seed (splitmix64: Steele et al. 2014, doi
 10.1145/2714064.2660195). Any number of any image's stream can be computed directly, for all images at once.
@@ -13,6 +13,22 @@ from torch import Tensor
 GOLDEN, FIRST, SECOND = (
     value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )  # as signed 64-bit numbers; products wrap around
+
+
+def float32_noise(generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1), float32 whatever torch's default type is: other types would give other numbers."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several integers; neighboring integers give unrelated seeds.
+
+    >>> mixed_seed(0, 1) != mixed_seed(1, 0)
+    True
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # 63 bits, so that the seed fits a signed integer.
+    return int.from_bytes(digest) >> 1
 
 
 def keys(images: Tensor, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot._checks import ModelWarning, is_news, is_quiet, quiet, warn_once
+from weakspot._random import float32_noise
 from weakspot._state import preserve_random_state, unhooked_copy, unwatched
 
 ROUNDING = 1e-4  # by which a row of probabilities may miss a sum of 1
@@ -225,7 +226,7 @@ def filled(images: Tensor, multiple: int) -> Tensor:
 def probe_images(images: Tensor) -> Tensor:
     """Probes (8, C, H, W): two of noise, gray, black, white, then three of noise so strong that a sigmoid saturates."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((2, *images.shape[1:]), generator=generator, dtype=torch.float32).to(images)
+    noise = float32_noise(generator, 2, *images.shape[1:]).to(images)
     flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
     strong = 1e4 * (noise - 0.5)
     return torch.cat([noise, flat, strong, -strong[:1]])

@@ -32,6 +32,14 @@ def by_hand(model: nn.Module, layer: str, units: list[int], images: Tensor, axis
     return logits
 
 
+def test_one_of_two_pooled_units_is_masked_on_a_portrait() -> None:
+    # One by one cells with two channels have nearly the aspect ratio of the image.
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)).eval()
+    images = torch.rand(2, 3, 64, 48)
+    masked = mask_units(Classifier.wrap(model, input_size=(64, 48)), "1", [1])
+    torch.testing.assert_close(masked(images).detach(), by_hand(model, "1", [1], images, 1))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_masked_network_is_the_network_with_these_units_at_zero(kind: str) -> None:
     model, images = NETWORKS[kind]()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weakspot._checks import check_choice, check_count
 from weakspot._progress import Progress, ProgressOption
 from weakspot._progress import part as part_of
+from weakspot._random import float32_noise
 from weakspot.attacks.confined import cropped
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import estimate_places, linearize
@@ -239,7 +240,7 @@ class SmallestChange:
             clean, start, pace = self.problem.clean[rows], self.best.images[rows], SHORT
             if number is not None:
                 generator = torch.Generator().manual_seed(number)
-                pattern = torch.rand(clean.shape[1:], generator=generator, dtype=torch.float32)
+                pattern = float32_noise(generator, *clean.shape[1:])
                 start, pace = torch.where(self.problem.region[rows], pattern.to(clean).round(), clean), WIDE
             self._round(rows, None, self.largest[rows], start=start - clean, pace=pace)
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from weakspot._random import float32_noise
 from weakspot._state import DispatchMode
 from weakspot.attribution.layers import Layer
 from weakspot.classifier import Classifier, default_batch
@@ -132,7 +133,7 @@ def _probes(image: Tensor) -> Tensor:
     height, width = image.shape[2:]
     grains = [grain for grain in (1, 4, 16) if grain == 1 or min(height, width) >= 2 * grain]
     shapes = [(2, image.shape[1], -(-height // grain), -(-width // grain)) for grain in grains]
-    noise = [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+    noise = [float32_noise(generator, *shape) for shape in shapes]
     return torch.cat([F.interpolate(n, (height, width), mode="bilinear") for n in noise]).to(image)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from weakspot._checks import unknown_choice
+from weakspot._random import float32_noise
 from weakspot._state import hooked, is_unwatched
 from weakspot.attribution.layout import Layout
 from weakspot.classifier import Classifier
@@ -142,7 +143,7 @@ def find_layer(
 
 def noise_like(image: Tensor) -> Tensor:
     """Uniform noise of the given shape, the same every time."""
-    return torch.rand(image.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(image)
+    return float32_noise(torch.Generator().manual_seed(0), *image.shape).to(image)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import quiet
 from weakspot._memory import remembered
+from weakspot._random import float32_noise
 from weakspot._state import HOOKS, hooks
 from weakspot.classifier import Classifier
 from weakspot.edits.kernels import State
@@ -252,7 +253,7 @@ def _sums(classifier: Classifier) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _noise(device: torch.device) -> Tensor:
-    return torch.rand(2**16, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    return float32_noise(torch.Generator().manual_seed(0), 2**16).to(device)
 
 
 def _weights(count: int, device: torch.device) -> Tensor:

@@ -89,9 +89,8 @@ class _Recorder(DispatchMode):
         return result
 
     def _note(self, func: OpOverload, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
-        if (
-            name == "mkldnn_rnn_layer"
-        ):  # its states fit one number of images, and with another it corrupts memory
+        # The states of this call fit one number of images, and with another it corrupts memory.
+        if name == "mkldnn_rnn_layer":
             raise CannotRecordError("it has a recurrent layer")
         written = [
             value

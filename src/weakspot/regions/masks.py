@@ -16,6 +16,7 @@ from weakspot._checks import (
     check_seed,
     warn,
 )
+from weakspot._random import float32_noise
 from weakspot.images import open_pictures
 
 CONTROLS = ("shift", "random", "border")
@@ -227,7 +228,7 @@ def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
         # One number for both axes, from 1 on: every shift but none at all is equally likely.
         move = int(torch.randint(1, height * width, (), generator=generator))
         return mask.roll((move // width, move % width), (2, 3))
-    scores = torch.rand(1, 1, height, width, generator=generator, dtype=torch.float32)
+    scores = float32_noise(generator, 1, 1, height, width)
     if kind == "border":
         rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
         inward = torch.minimum(

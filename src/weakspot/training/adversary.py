@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weakspot._random import float32_noise
 from weakspot.budgets import Budget, Linf, prepare
 from weakspot.training.config import ResolvedConfig, find_recipe, limit_of
 
@@ -151,8 +152,7 @@ def scattered(region: Tensor, places: Tensor, count: int, seed: int) -> Tensor:
         seed: of the masks.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand((count, *region.shape[1:]), generator=generator, dtype=torch.float32)
-    scores = drawn[places].flatten(1)
+    scores = float32_noise(generator, count, *region.shape[1:])[places].flatten(1)
     # The sites of the lowest random scores, as many as the region has: exact area, uniform sites.
     ranks = scores.argsort(1).argsort(1)
     return (ranks < region.flatten(1).sum(1, keepdim=True)).view_as(region)

@@ -5,7 +5,6 @@ The masks of all images are found once and stored as bits.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from torch.utils.data._utils.collate import default_collate, default_convert
 from weakspot._checks import ImageWarning, describe_error, quiet
 from weakspot._io.files import write_atomic
 from weakspot._progress import Progress
+from weakspot._random import float32_noise, mixed_seed
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages, from_tensors, read_labeled
 from weakspot.datasets.labeled import names_of_classes
@@ -195,7 +195,7 @@ class Augmentation:
         self.shifts = torch.stack(
             [torch.randint(-limit, limit + 1, (count,), generator=generator) for limit in self.limits], 1
         )
-        self.flips = torch.rand(count, generator=generator, dtype=torch.float32) < 0.5 * ("flip" in augment)
+        self.flips = float32_noise(generator, count) < 0.5 * ("flip" in augment)
         self.is_identity = augment == "none"
 
     def apply(self, rows: Tensor, pixels: Tensor, *, fill: float = 0) -> Tensor:
@@ -221,17 +221,6 @@ class Augmentation:
         sites = (lines[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1).to(pixels.device)
         moved = padded.flatten(2).gather(2, sites[:, None].expand(-1, pixels.shape[1], -1))
         return moved.view(pixels.shape)
-
-
-def mixed_seed(*parts: int) -> int:
-    """One seed from several integers; neighboring integers give unrelated seeds.
-
-    >>> mixed_seed(0, 1) != mixed_seed(1, 0)
-    True
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    # 63 bits, so that the seed fits a signed integer.
-    return int.from_bytes(digest) >> 1
 
 
 def read_in_workers(read: Callable[[Key], Value], keys: Sequence[Key], workers: int) -> Iterator[Value]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot._progress import Progress
+from weakspot._random import mixed_seed
 from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
@@ -23,7 +24,7 @@ from weakspot.statistics.number_format import percent
 from weakspot.training.adversary import perturbed, scattered, trades_loss, uniform_noise
 from weakspot.training.checkpoint import Best, State
 from weakspot.training.config import ResolvedConfig, find_recipe
-from weakspot.training.data import Augmentation, Backgrounds, mixed_seed, read_in_workers
+from weakspot.training.data import Augmentation, Backgrounds, read_in_workers
 from weakspot.training.input_gradient import fast_input_gradient
 from weakspot.training.robust_accuracy import HeldOut, collapsed
 

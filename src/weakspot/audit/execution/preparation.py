@@ -18,6 +18,7 @@ import torch
 from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
+from weakspot._random import float32_noise
 from weakspot._state import preserve_random_state
 from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import content_digests
@@ -148,8 +149,9 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
     with quiet():
         # Noise rather than a flat image, which has no background to separate.
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(1, classifier.channels, *classifier.input_size, generator=generator)
-        images = images.to(classifier.mean.device)
+        images = float32_noise(generator, 1, classifier.channels, *classifier.input_size).to(
+            classifier.mean.device
+        )
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
         for text in dict.fromkeys(texts):
             try:
