@@ -43,10 +43,15 @@ class Linearization:
     def __repr__(self) -> str:
         return f"Linearization({len(self.clean)} images, {self.classes.shape[1]} competing classes)"
 
-    def warn_of_zero_gradients(self, problem: Problem) -> None:
-        """Warn about images of the problem that need a change and whose gradients are all zero."""
-        correct = self.margins[:, 0] >= 0
-        problem.select(correct).warn_of_zero_gradients(self.directions[correct].abs().amax(1))
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool, whether the image needs a change to fool."""
+        return self.margins[:, 0] >= 0
+
+    @property
+    def moving(self) -> Tensor:
+        """(N,) bool, whether any gradient is other than zero."""
+        return self.directions.flatten(1).any(1)
 
     @property
     def room(self) -> Tensor:

@@ -124,12 +124,13 @@ def minimal_pgd(
         model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         adversarial = problem.clean.clone()
+        correct, moving = torch.ones(2, len(problem), dtype=torch.bool, device=problem.clean.device)
         with problem.fused_model():
             groups = torch.arange(len(problem), device=problem.clean.device).split(default_batch(images) * 4)
             for number, rows in enumerate(groups):
                 part = problem.select(rows)
                 linear = linearize(part, classes)
-                linear.warn_of_zero_gradients(part)
+                correct[rows], moving[rows] = linear.correct, linear.moving
                 sizes = estimate_places(linear, part.region[:, None], norm)[:, 0]
                 starts = Starts.nearest(linear.classes, sizes, classes)
                 search = SmallestChange(
@@ -144,6 +145,7 @@ def minimal_pgd(
                 adversarial[rows] = found if crops is None else crops.whole(found)
                 if problem.progress is not None:
                     problem.progress((number + 1) / len(groups))
+        problem.select(correct).warn_of_zero_gradients(moving[correct, None])
         return problem.result(adversarial)
 
 
