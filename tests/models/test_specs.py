@@ -130,8 +130,13 @@ def test_a_classifier_a_factory_made_keeps_its_normalization(project: Path, imag
 SPECS: dict[str, tuple[Any, str]] = {
     "no such module": ("my_modles:build", "my_modles:build: there is no module 'my_modles'"),
     "no such submodule": ("my_package.nets:build", "there is no module 'my_package.nets'"),
-    "a file and not a module": ("my_models.py:build", "my_models.py:build: "),
-    "a path and not a module": ("./my_models.py:build", r"\./my_models.py:build"),
+    "a file and not a module": (
+        "my_models.py:build",
+        r"model must name a module, not a file, got my_models\.py:build \(write my_models:build\)",
+    ),
+    "a file in a folder": ("nets/b.py:build", r"\(write nets\.b:build\)"),
+    "a file elsewhere": ("../my nets/b.py:build", r"\(write b:build in its folder\)"),
+    "a path and not a module": ("./my_models.py:build", r"\(write my_models:build\)"),
     "no module": (":build", ":build"),
     "no such name": ("my_models:biuld", "got 'biuld' .did you mean 'build'"),
     "no name": ("my_models:", "got ''"),

@@ -170,6 +170,11 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
             f"{kind} {module_name}:{name} must be in a module of yours, got {module_name}, which is part of Python "
             f"(valid are {forms})"
         )
+    if module_name.endswith(".py"):
+        path = Path(module_name).with_suffix("")
+        dotted = all(part.isidentifier() for part in path.parts)
+        remedy = f"{'.'.join(path.parts)}:{name}" if dotted else f"{path.name}:{name} in its folder"
+        raise ValueError(f"{kind} must name a module, not a file, got {module_name}:{name} (write {remedy})")
     # Last, so that a file of this folder cannot take the place of an installed module.
     folder = str(Path.cwd())
     if folder not in sys.path:
