@@ -112,6 +112,10 @@ def test_a_toml_file_equals_its_mapping(pictures: Path, tmp_path: Path) -> None:
         ({"controls": "yes"}, "controls must be true or false, got 'yes'"),
         ({"controls": True}, "regions must name one to control"),
         ({"regions": "other:cam#1"}, "regions must name a region of the image itself"),
+        (
+            {"attacks": "pgd,weak_spots", "regions": "none,cam"},
+            "regions must be none for attack weak_spots, which takes no region, got none, cam",
+        ),
         ({"fraction": 2}, "fraction must be between 0 and 1, got 2"),
         ({"seed": 1.5}, "seed must be .* got 1.5"),
         ({"model": {"sepc": "x"}}, "key of model must be .* got 'sepc' .did you mean 'spec'"),

@@ -99,6 +99,10 @@ class AttackPlan:
         """Whether the attack has a parameter that limits the change."""
         return find_attack(self.name).takes_budget
 
+    def takes_region(self) -> bool:
+        """Whether the attack can be confined to a region."""
+        return "region" in find_attack(self.name).accepts
+
     @property
     def is_minimal(self) -> bool:
         """Whether the attack looks for the smallest change, or limits it to a size that the plan does not state.

@@ -217,6 +217,12 @@ class Plan:
             raise ValueError(
                 f"regions must name a region of the image itself, got {', '.join(self.regions)} (add cam)"
             )
+        for attack in self.attacks:
+            if set(self.regions) != {"none"} and not attack.takes_region():
+                raise ValueError(
+                    f"regions must be none for attack {attack.name}, which takes no region, got "
+                    f"{', '.join(self.regions)} (audit the other regions without it)"
+                )
         if self.labels not in LABELS and not Path(self.labels).is_file():
             raise ValueError(
                 f"labels must be {', '.join(LABELS)} or the path of {LABEL_FILE}, got {self.labels!r}"
