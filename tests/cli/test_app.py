@@ -140,6 +140,7 @@ def test_an_exception_is_one_sentence_and_an_exit_code(
             ("explain", "--steps", "x"),
             "--steps must be a valid integer, got 'x'; see weakspot explain --help",
         ),
+        (("explain", "--steps"), "option '--steps' requires an argument; see weakspot explain --help"),
         (("explain",), "no images were named (give files, folders, or --samples)"),
         (("",), "arguments must not be empty, got weakspot ''"),
         (("map", ""), "arguments must not be empty, got map '' (an empty shell variable?)"),

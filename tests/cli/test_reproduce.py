@@ -109,7 +109,7 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
         result = runner.invoke(app, [*arguments, "--out", str(tmp_path / run)])
         assert result.exit_code == 0, result.output
         outputs.append(json.loads(result.stdout)["claims"])
-        assert "3 photographs, labeled by the network itself, of photos" in json.loads(result.stdout)["data"]
+        assert "3 photographs of photos, labeled by the network itself" in json.loads(result.stdout)["data"]
     assert outputs[0] == outputs[1]
     one = [
         "reproduce",
@@ -123,7 +123,7 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
         str(tmp_path / "c"),
     ]
     about = json.loads(runner.invoke(app, one).stdout)["data"]
-    assert "1 photograph, labeled by the network itself, of photos" in about
+    assert "1 photograph of photos, labeled by the network itself" in about
 
 
 @pytest.mark.parametrize("kind", ["photographs", "labeled"])

@@ -285,8 +285,9 @@ def _usage_sentence(error: Any) -> str:
     else:
         text = error.format_message().rstrip(".")
         text = text[:1].lower() + text[1:]
-    path = getattr(error.ctx, "command_path", "weakspot")
-    return f"{text}; see {path} --help" if text else ""
+    # Not from the context: some errors of the parser have none.
+    named = [word for word in sys.argv[1:2] if any(word == known.name for known in app.registered_commands)]
+    return f"{text}; see {' '.join(['weakspot', *named])} --help" if text else ""
 
 
 def _exit(code: int | str | None) -> NoReturn:

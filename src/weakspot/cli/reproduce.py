@@ -134,7 +134,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
         logits = predict(classifier, images)
         labels, unusable = logits.argmax(1), unsure(logits)
         name = "the samples" if folder is None else folder.name
-        kind, more = "photograph", ", labeled by the network itself,"
+        kind, more = "photograph", ", labeled by the network itself"
     else:
         test, name = source[0], folder.name if folder else ""
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:MOST_TRIED]
@@ -161,7 +161,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
         classifier,
         images,
         labels.cpu(),
-        f"{classifier.name}, {counted(len(images), kind)}{more} of {name}",
+        f"{classifier.name}, {counted(len(images), kind)} of {name}{more}",
         unusable=unusable,
         quick=not full,
         seed=seed,
