@@ -49,10 +49,10 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
     assert page.wrong == []
     assert len(page.asked) == 1
     assert page.page.title().startswith("weakspot: units of <img")
-    # Units that stand for no concept are counted, not listed; the list is folded.
+    # Units that detect no concept are counted, not listed; the list is folded.
     assert set(units(page)) == {0, 1}
-    assert "2 of 4 units stand for a concept" in page.page.inner_text("main")
-    assert "The other 2 agree with no labeled concept" in page.page.inner_text("main")
+    assert "2 of 4 units detect a concept" in page.page.inner_text("main")
+    assert "The other 2 are not shown." in page.page.inner_text("main")
     assert page.page.locator(".examples figure").count() == 2
     assert not page.page.is_visible("table.units")
     page.page.click("summary:has(strong:text-is('Units'))")

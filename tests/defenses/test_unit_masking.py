@@ -178,6 +178,12 @@ def test_masking_a_unit_that_attacks_do_not_use_does_not_help_against_a_new_atta
     assert masking_sentence(table).startswith(
         "Masking 1 unit is not shown to change robustness: under a new attack"
     )
+    assert masking_sentence(table).endswith(" A smaller budget could tell more.")
+    assert masking_sentence(table.replace({"attacked_again": {0: 1}})).endswith(
+        " A larger budget could tell more."
+    )
+    for other in (table.assign(clean=0.0), table.assign(attacked_again=0.5)):
+        assert "budget could" not in masking_sentence(other)
     for name in ("clean", "transfer", "attacked_again"):
         assert (table[f"{name}_low"] <= table[name]).all()
         assert (table[name] <= table[f"{name}_high"]).all()

@@ -37,8 +37,8 @@ def test_the_page_lists_units_that_stand_for_a_concept_and_counts_the_rest(tmp_p
     result = dissect_layers(model, ["look"], dataset, quantile=0.07)
     text = unit_page(result, {}, model="a & b", made={"layer": "<look>"})
     assert (
-        "2 of 4 units stand for a concept: green (1), red (1). The other 2 agree with no labeled concept"
-        in text
+        "2 of 4 units detect a concept (intersection over union, IoU, of at least 0.04): green (1), red (1). "
+        "The other 2 are not shown." in text
     )
     assert text.count("<tr data-unit=") == 2
     assert "a &amp; b" in text

@@ -276,7 +276,11 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     cost = f"Without attack, accuracy is {with_mask} with the mask and {without} without it."
     # The order of the cases matters: a gain that chance explains comes before its sign.
     if unmasked["p"] > level or unmasked["gain"] == 0:
-        return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
+        # Where all attacks succeed, or none does, another budget could tell the two networks apart.
+        same = these["attacked_again"] == unmasked["attacked_again"] and unmasked["clean"] > 0
+        budget = {0: "smaller", 1: "larger"}.get(unmasked["attacked_again"]) if same else None
+        hint = f" A {budget} budget could tell more." if budget else ""
+        return f"Masking {units} is not shown to change robustness: {figures}. {cost}{hint}"
     if unmasked["gain"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
     if not rows:

@@ -127,9 +127,9 @@ def association_sentences(table: pd.DataFrame) -> list[str]:
     noise = table.assign(sensitivity=table["noise"])
     if association.units >= ENOUGH and np.isfinite(noise["sensitivity"]).sum() >= ENOUGH:
         of_noise = associate(noise)
-        left = f"{of_noise.partial:.2f} [{of_noise.low:.2f}, {of_noise.high:.2f}] is left"
-        left = "nothing is left to correlate" if np.isnan(of_noise.partial) else left
-        sentences.append(f"For sensitivity to noise of the same size, {left}.")
+        found = f"it is {of_noise.partial:.2f} [{of_noise.low:.2f}, {of_noise.high:.2f}]"
+        found = "nothing is left to correlate" if np.isnan(of_noise.partial) else found
+        sentences.append(f"For sensitivity to noise of the same size, {found}.")
     return sentences
 
 

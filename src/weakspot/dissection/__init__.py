@@ -1,4 +1,4 @@
-"""Dissection: which concepts a network's units stand for, and which of them a perturbation moves."""
+"""Dissection: which concepts a network's units detect, and which of them a perturbation moves."""
 
 from weakspot.dissection.association import (
     Association,

@@ -85,7 +85,7 @@ def _layer(
 
 @dataclass(frozen=True)
 class UnitRow:
-    """A unit that stands for a concept, as the template draws it.
+    """A unit that detects a concept, as the template draws it.
 
     Attributes:
         unit: its number.
