@@ -31,7 +31,7 @@ def test_a_concept_set_is_dissected_and_all_files_are_written(run: Run, tmp_path
     about = json.loads((tmp_path / "units/run.json").read_text())
     assert about["quantile"] == "0.05"
     again = run("dissect", dataset, *TINY, "--out", "units", "--json")
-    assert json.loads(again.out)["layers"][0]["units"] == "8"
+    assert json.loads(again.out)["layers"][0]["units"] == 8
 
 
 def test_a_quantile_of_zero_is_not_replaced_by_the_default(run: Run, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> No
     assert again.code == 0, again.err
     (tmp_path / "names.txt").write_text("under\nover\n")
     named = ("photos", "--masks", "masks", "--names", "names.txt")
-    for changed in (named, ("photos", "--masks", "masks"), ("textures",)):
+    for changed in (named, ("textures",)):
         ended = run("dissect", *changed, *TINY, "--out", "one")
         assert ended.code == 2
         assert "holds the concepts of an earlier run with other images or options" in ended.err
@@ -132,6 +132,7 @@ def test_a_wrong_option_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (("--demo", "--masks", "m"), "--masks has no effect with --demo"),
         (("--demo", "--void", "0", "--names", "n"), "--names and --void have no effect with --demo"),
         ((dataset, *TINY, "--names", "n"), "--names has no effect without --masks"),
+        ((dataset, *TINY, "--masks", "m"), "--masks needs --names, a file with one class name per line"),
         ((dataset, *TINY, "--mask", "sensitive"), "--mask has no effect without --images"),
         ((dataset, *TINY, "--budget", "linf:1/255", "--steps", "3"), "--budget and --steps have no effect"),
         ((dataset, *TINY[:4], "--layer", "9"), "9"),

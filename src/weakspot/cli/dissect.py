@@ -139,6 +139,10 @@ def dissect(
         )
     if concepts.masks is None:
         refuse(context, ("names", "void"), "without --masks")
+    elif concepts.names is None:
+        raise Failure(
+            "--masks needs --names, a file with one class name per line in order of the mask values"
+        )
     if not attack.images:
         refuse(context, ("budget", "steps", "mask", "seed"), "without --images")
     if quick:
@@ -185,16 +189,16 @@ def dissect(
             **session.provenance(seed),
         }
         page = _write(session, folder, dissections, attacked, made)
-    rows = _layer_rows(dissections)
 
     def show() -> None:
-        units, detectors = (sum(int(row[key]) for row in rows) for key in ("units", "detectors"))
+        units = sum(len(of.units) for of in dissections.values())
+        detectors = sum(of.units["concept"].count() for of in dissections.values())
         print_text(
             f"{detectors} of {counted(units, 'unit')} {'detects' if detectors == 1 else 'detect'} a concept "
             f"(intersection over union of at least {min_iou:g}).\n"
         )
-        shown, more = first_rows(rows, every=every)
-        print_rows(shown)
+        shown, more = first_rows(list(dissections.items()), every=every)
+        print_rows([_table_row(name, dissection) for name, dissection in shown])
         if more:
             print_text(f"... and {counted(more, 'more layer')} (show them with --all)", style="dim")
         for paragraph in attacked.paragraphs():
@@ -205,7 +209,14 @@ def dissect(
         print_text(f"\nReport: {page.resolve()}")
 
     files = {"report.html": str(page.resolve())}
-    session.report(lambda: {"layers": rows, **attacked.as_json(), "files": files}, show)
+    session.report(
+        lambda: {
+            "layers": [_layer_json(*layer) for layer in dissections.items()],
+            **attacked.as_json(),
+            "files": files,
+        },
+        show,
+    )
 
 
 def _trial(*, attacked: bool) -> str:
@@ -317,18 +328,21 @@ def _file_name(layer: str) -> str:
     return plain.lstrip(".") or "layer"
 
 
-def _layer_rows(dissections: Mapping[str, Dissection]) -> list[dict[str, str]]:
-    """One row per layer: its units, its detectors and their most frequent concepts."""
-    rows = []
-    for name, dissection in dissections.items():
-        detectors = dissection.units[dissection.units["concept"].notna()]
-        counts = detectors.groupby("concept").size().sort_values(ascending=False)
-        rows.append(
-            {
-                "layer": name,
-                "units": str(len(dissection.units)),
-                "detectors": str(len(detectors)),
-                "concepts": ", ".join(f"{concept} {number}" for concept, number in counts.head(8).items()),
-            }
-        )
-    return rows
+def _table_row(name: str, dissection: Dissection) -> dict[str, str]:
+    """A layer for the terminal: its units, its detectors and their most frequent concepts."""
+    counts = dissection.units["concept"].value_counts()
+    concepts = ", ".join(f"{concept} {number}" for concept, number in counts.head(8).items())
+    concepts += ", ..." if len(counts) > 8 else ""
+    units, detectors = str(len(dissection.units)), str(counts.sum())
+    return {"layer": name, "units": units, "detectors": detectors, "concepts": concepts}
+
+
+def _layer_json(name: str, dissection: Dissection) -> dict[str, object]:
+    """A layer with the number of detectors of each concept."""
+    counts = dissection.units["concept"].value_counts()
+    found = {"units": len(dissection.units), "detectors": int(counts.sum())}
+    return {
+        "layer": name,
+        **found,
+        "concepts": {str(concept): int(number) for concept, number in counts.items()},
+    }

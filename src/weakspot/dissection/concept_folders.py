@@ -116,7 +116,9 @@ def _from_folders(
         number = folders.index(path.relative_to(images).parts[0]) + 1
         entries.append(Entry(name, sides, half(sides), {category: str(number)}, {number: 1.0}))
     if not entries:
-        raise ValueError(f"{images} must hold one folder of pictures for each label, got no picture to use")
+        raise ValueError(
+            f"{images} must hold one folder of pictures for each label, got no picture to use (or give masks)"
+        )
     return dict(enumerate(folders, 1)), entries
 
 
