@@ -137,6 +137,31 @@ def test_scores_by_radius_are_fractions_of_the_rings() -> None:
         assert scores["fools_at_random_site"][number] == pytest.approx(np.mean(others))
 
 
+def test_large_images_are_tried_near_the_pixel_and_on_a_grid() -> None:
+    torch.manual_seed(0)
+    model = PoolingNetwork().eval()
+    images = torch.rand(2, 3, 70, 80) * 0.01 + 0.5
+    labels = model(images).argmax(1)
+    corners = attacks.pixel_sweep(model, images, labels)
+    pairs = corners.pairs(images, labels)
+    result, analysis = locality(model, pairs), analyze_locality(model, pairs)
+    step = 11  # the square root of 70 x 80 / 49, rounded up
+    for number in range(2):
+        row, column = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
+        down, along = (np.abs(np.arange(size) - at)[:, None] for size, at in ((70, row), (80, column)))
+        rings = np.maximum(down, along.T)
+        success = result.success[number].numpy()
+        for radius in RADII:
+            assert analysis.scores[f"fools_at_radius_{radius}"][number] == success[rings == radius].mean()
+        grid = np.zeros((70, 80), bool)
+        grid[step // 2 :: step, step // 2 :: step] = True
+        assert analysis.scores["fools_at_random_site"][number] == success[grid & (rings > 0)].mean()
+        moved, exact = analysis.maps["moved_pixel"][number, 0].numpy(), rings <= max(RADII)
+        assert ((moved > 0) == success)[exact | grid].all()
+        assert (moved < 3).all()
+    assert "one pixel of every 11 x 11 was tried" in analysis.pictures["moved_pixel"].meaning
+
+
 def rates(images: int, near: float, far: float, seed: int = 0) -> pd.DataFrame:
     """Rates of images whose eight neighbors fool with one probability and whose other sites with another."""
     rng = np.random.default_rng(seed)
@@ -177,7 +202,7 @@ def test_no_claim_without_evidence_images_or_success() -> None:
     few = locality_table(rates(19, 0.9, 0.0), everything[:19], ~everything[:19])
     assert few["excess_low"].isna().all()
     assert "no claim is made" in locality_sentence(few)
-    assert "no pixel to move" in locality_sentence(
+    assert "no successful pixel to move" in locality_sentence(
         locality_table(rates(30, 0.9, 0.0), ~everything, everything)
     )
 

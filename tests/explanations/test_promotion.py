@@ -80,6 +80,8 @@ class Moved(nn.Module):
         ((-0.1, 0.21, 0.0), "promotion-dominated", math.log2(2.1)),
         ((-0.21, 0.1, 0.0), "suppression-dominated", -math.log2(2.1)),
         ((0.1, 0.3, 0.0), "promotion-dominated", 10.0),  # the label's logit rises as well
+        ((0.3, 0.1, 0.0), None, math.nan),  # the margin grows
+        ((-0.1, -0.3, 0.0), None, math.nan),
         ((0.1, -0.1, 0.0), None, math.nan),  # works against the attack on both
         ((0.0, 0.0, 0.2), None, math.nan),
     ],
@@ -112,9 +114,12 @@ def test_the_whole_perturbation_is_one_cell_that_covers_the_image() -> None:
             assert one.suppression.flatten().tolist() == pytest.approx(
                 whole["whole_suppression"].tolist(), abs=1e-4
             )
+            # A cell has a kind also if the margin grows, and the whole perturbation has none then.
+            names = {-1: "suppression-dominated", 0: "balanced", 1: "promotion-dominated", -128: None}
+            falls = (one.promotion + one.suppression).flatten() > 0
             types = [
-                {-1: "suppression-dominated", 0: "balanced", 1: "promotion-dominated", -128: None}[kind]
-                for kind in one.kind.flatten().tolist()
+                names[kind] if fell else None
+                for kind, fell in zip(one.kind.flatten().tolist(), falls.tolist(), strict=True)
             ]
             assert [kind if isinstance(kind, str) else None for kind in whole["perturbation_type"]] == types
 

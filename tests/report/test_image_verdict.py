@@ -236,6 +236,7 @@ def test_without_overlap_the_verdict_is_the_outcome() -> None:
         (0.5, 3.0, -2.58, "suppression-dominated", "suppression-dominated: it raises the logit of tabby by 0.5"),
         (2.0, 3.0, -0.58, "balanced", "balanced: it raises the logit of tabby by 2 and lowers that of lynx by 3, and "),
         (2.0, 3.0, -0.58, "balanced", "and neither effect is more than twice the other."),
+        (0.5, -3.0, NAN, None, "does not reduce the lead of lynx over tabby: it raises the logit of tabby by 0.5 and "),
         (-1.0, -2.0, float("nan"), None, "The perturbation neither raises the logit of tabby nor lowers that of lynx."),
     ],
 )  # fmt: skip

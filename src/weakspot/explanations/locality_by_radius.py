@@ -107,10 +107,8 @@ def locality_sentence(table: pd.DataFrame) -> str:
     near, random = table.iloc[0], table.iloc[-1]
     images = int(near["images"])
     if not images:
-        return "No image was fooled by one pixel, so there is no pixel to move."
-    elsewhere = (
-        f", and moved to any other site of the image at {_interval(random)}" if random["images"] else ""
-    )
+        return "No image was fooled by one pixel, so there is no successful pixel to move."
+    elsewhere = f", and moved to other sites of the image at {_interval(random)}" if random["images"] else ""
     numbers = (
         f"moved to a neighboring site, the pixel of a successful attack ({counted(images)}) still fools the model at "
         f"{_interval(near)} of these sites{elsewhere}"

@@ -110,11 +110,10 @@ def locality(
         pairs = prepare_pairs(classifier, pairs)
         # The place of the only 1 in each row.
         site = changed.to(pairs.clean.device).long().argmax(1)
-        prepared = prepare(classifier, pairs.clean[:1])
         adversarial_class = predict(classifier, pairs.adversarial).argmax(1)
         correct = predict(classifier, pairs.clean).argmax(1) == pairs.labels
-        editor = _PixelEditor(classifier, pairs, site, prepared, batch_size)
-        predicted = torch.stack([editor.everywhere(number) for number in range(len(pairs))])
+        editor = _PixelEditor(classifier, pairs, site, prepare(classifier, pairs.clean[:1]), batch_size)
+        predicted = editor.moved(torch.ones_like(pairs.clean[:, 0], dtype=torch.bool))
         colored = editor.recolored(seed)
         moved = _moved_together(classifier, pairs)
     success = predicted != pairs.labels[:, None, None]
@@ -176,12 +175,15 @@ class _PixelEditor:
         logits = edits.logits(owners, positions // width, positions % width, colors[:, :, None, None])
         return logits.argmax(1)
 
-    def everywhere(self, number: int) -> Tensor:
-        """(H, W) classes of one clean image with the pair's pixel value at every site."""
-        height, width = self.pairs.clean.shape[2:]
-        color = self.pairs.adversarial[number].flatten(1)[:, self.site[number]]
-        positions = torch.arange(height * width, device=self.site.device)
-        return self.classes(number, positions, color.expand(len(positions), -1)).view(height, width)
+    def moved(self, tried: Tensor) -> Tensor:
+        """(N, H, W) classes of the clean images with the pair's pixel value at each site tried; elsewhere the label."""
+        predicted = self.pairs.labels[:, None, None].expand(tried.shape).clone()
+        for number, sites in enumerate(tried.flatten(1)):
+            color = self.pairs.adversarial[number].flatten(1)[:, self.site[number]]
+            positions = sites.nonzero()[:, 0]
+            classes = self.classes(number, positions, color.expand(len(positions), -1))
+            predicted[number].view(-1)[positions] = classes
+        return predicted
 
     def recolored(self, seed: int) -> Tensor:
         """(N,) fraction of random colors at the attack's own site that fool the model."""
@@ -248,7 +250,7 @@ def _rate_table(title: str, rates: Mapping[object, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # noqa: ARG001
     """What a change of one pixel can do at every site; for one-pixel attacks also where else they would have worked.
 
     Images that are misclassified without any attack have no scores: there is nothing to fool.
@@ -288,14 +290,15 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     }
     one_pixel = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
     if bool(one_pixel.any()):
-        rates, maps["moved_pixel"] = _moved(model, pairs, one_pixel, seed)
+        rates, maps["moved_pixel"] = _moved(model, pairs, one_pixel, region[0, 0])
         scores |= rates
-        meanings |= MEANINGS
+        far = "" if step == 1 else f" More than {max(RADII)} pixels away, {which} was tried."
+        meanings |= MEANINGS | ({RANDOM: f"The same for other sites, {which}."} if step > 1 else {})
         pictures["moved_pixel"] = Picture(
             "The same pixel moved",
             kind="category",
             categories=MOVED,
-            meaning="Where the attack's pixel value would also have worked.",
+            meaning=f"Where the attack's pixel value would also have worked.{far}",
         )
     columns = {
         name: values.masked_fill(misclassified, torch.nan).cpu().numpy() for name, values in scores.items()
@@ -303,18 +306,34 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     return Analysis(scores=pd.DataFrame(columns), maps=maps, meanings=meanings, pictures=pictures)
 
 
-def _moved(model: nn.Module, pairs: Pairs, one_pixel: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Rates (N,) by radius, NaN for pairs that differ in more than one pixel, and the map of `MOVED` (N, 1, H, W)."""
+def _moved(
+    model: nn.Module, pairs: Pairs, one_pixel: Tensor, grid: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Rates (N,) by radius, NaN for pairs that differ in more than one pixel, and the map of `MOVED` (N, 1, H, W).
+
+    Farther away than the largest radius, the sites tried are those where the grid (H, W) of rows and columns is True.
+    """
     chosen = pairs[one_pixel]
-    result = locality(model, chosen, seed=seed)
     site = (chosen.perturbation != 0).any(1).flatten(1).long().argmax(1)
-    rings = _rings(site, result.success.shape[1:])
-    areas = {ring_score(radius): rings == radius for radius in RADII} | {RANDOM: rings > 0}
+    rings = _rings(site, grid.shape)
+    grid = grid.to(site.device)
+    tried = grid | (rings <= max(RADII))
+    with evaluating(model) as classifier:
+        chosen = prepare_pairs(classifier, chosen)
+        adversarial_class = predict(classifier, chosen.adversarial).argmax(1)
+        editor = _PixelEditor(classifier, chosen, site, prepare(classifier, chosen.clean[:1]), None)
+        predicted = editor.moved(tried)
+    success = predicted != chosen.labels[:, None, None]
+    areas = {ring_score(radius): rings == radius for radius in RADII} | {RANDOM: (rings > 0) & grid}
     rates = {}
     for name, area in areas.items():
         rates[name] = torch.full((len(pairs),), torch.nan, dtype=torch.float64, device=site.device)
-        rates[name][one_pixel] = _rates(result.success, area).to(rates[name])
-    kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
+        rates[name][one_pixel] = _rates(success, area).to(rates[name])
     # Reaching the same class implies success, so the sum is a position in MOVED: 0, 1 or 2.
-    kinds[one_pixel] = (result.success * 1 + result.same_class)[:, None]
+    reached = success * 1 + (success & (predicted == adversarial_class[:, None, None]))
+    # Sites that were not tried are drawn as the nearest one of the grid.
+    rough = reached[:, grid.any(1)][:, None, :, grid.any(0)]
+    nearest = torch.nn.functional.interpolate(rough.double(), grid.shape, mode="nearest").long()
+    kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
+    kinds[one_pixel] = reached[:, None].where(tried[:, None], nearest)
     return rates, kinds

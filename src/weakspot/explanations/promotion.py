@@ -36,7 +36,8 @@ MEANINGS = {
     "whole_promotion": "By how much the whole perturbation raises the target's logit.",
     "whole_suppression": "By how much the whole perturbation lowers the label's logit.",
     "promotion_log2_ratio": "log2 of whole promotion over whole suppression, clipped to -10 to 10. Above 1 the "
-    "perturbation is promotion-dominated, below -1 suppression-dominated, in between balanced.",
+    "perturbation is promotion-dominated, below -1 suppression-dominated, in between balanced. Missing if the "
+    "perturbation does not reduce the margin.",
     "promoted": "By how much all parts of the perturbation, each alone, raise the target's logit.",
     "suppressed": "By how much all parts of the perturbation, each alone, lower the label's logit.",
     "promoting_fraction": "Fraction of the active cells that mainly promote the target.",
@@ -66,7 +67,7 @@ class Promotion:
         groups: (N, 1, H, W) the number of each pixel's cell, in reading order, or superpixel.
         scores: one row per image; see `MEANINGS`. `perturbation_type` is that of the whole perturbation:
             "promotion-dominated", "suppression-dominated", "balanced" (neither effect is more than twice the other), or
-            missing if it neither raises the target's logit nor lowers the label's.
+            missing if it does not reduce the lead of the label over the target.
     """
 
     promotion: Tensor
@@ -168,7 +169,7 @@ def promotion_suppression(
     kind = kind.to(torch.int8)
     layout = (1, size) if side is None else grid(pairs.clean.shape[2], pairs.clean.shape[3], side)
     scores = [
-        _whole_scores(whole_suppression, whole_promotion, noise),
+        _whole_scores(whole_suppression, whole_promotion, change),
         _cell_scores(promotion, suppression, kind, change, noise),
     ]
     return Promotion(
@@ -248,12 +249,12 @@ def _log2_ratio(promotion: Tensor, suppression: Tensor) -> Tensor:
     return (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
 
 
-def _whole_scores(suppression: Tensor, promotion: Tensor, noise: Tensor) -> pd.DataFrame:
-    """The two effects (N,) of the whole perturbation, their ratio and its type, which is None without either effect."""
+def _whole_scores(suppression: Tensor, promotion: Tensor, change: Tensor) -> pd.DataFrame:
+    """The two effects (N,) of the whole perturbation, their ratio and its type: None unless the margin falls."""
     import pandas as pd
 
     ratio = _log2_ratio(promotion, suppression)
-    ratio = ratio.where(torch.maximum(promotion, suppression) > noise, torch.nan)
+    ratio = ratio.where(change > 0, torch.nan)
     kinds = (ratio > 1) * PROMOTION + (ratio < -1) * SUPPRESSION
     return pd.DataFrame(
         {

@@ -154,7 +154,7 @@ def _where(row: pd.Series) -> str:
 
 
 def _why(row: pd.Series) -> str:
-    if math.isnan(row["promotion_log2_ratio"]):
+    if row["whole_promotion"] <= 0 and row["whole_suppression"] <= 0:
         return f"neither raises {row['target']} nor lowers {row['label']}"
     effects = ((row["target"], row["whole_promotion"]), (row["label"], -row["whole_suppression"]))
     return "logits: " + ", ".join(

@@ -186,11 +186,13 @@ def perturbation_type(row: pd.Series) -> str:
     """Whether the perturbation raises the target's logit or lowers the label's (Xu et al. 2019, arXiv 1904.02057)."""
     promotion, suppression = row["whole_promotion"], row["whole_suppression"]
     target, label = row["target"], row["label"]
-    if math.isnan(row["promotion_log2_ratio"]):
+    if promotion <= 0 and suppression <= 0:
         return f"The perturbation neither raises the logit of {target} nor lowers that of {label}."
     effects = (
         f"{_effect(promotion, f'the logit of {target}')} and {_effect(-suppression, f'that of {label}')}"
     )
+    if math.isnan(row["promotion_log2_ratio"]):
+        return f"The perturbation does not reduce the lead of {label} over {target}: it {effects}."
     if row["perturbation_type"] == "balanced":
         return f"The perturbation is balanced: it {effects}, and neither effect is more than twice the other."
     return f"The perturbation is {row['perturbation_type']}: it {effects}."
