@@ -98,12 +98,13 @@ def test_many_complements_and_long_texts_are_parsed(pooling: Made) -> None:
         ("camm", "region must .* got 'camm' .did you mean 'cam'"),
         ("", "region must be one of none, cam.* got ''"),
         ("cam &", "region must be one of none, cam.* got 'cam &'"),
+        ("cam:0.2", r"region must be cam, got 'cam:0.2' \(the fraction sets its area\)"),
+        ("~none:3", r"region must be none, got '~none:3' \(nothing follows it\)"),
         (
             "somewhere",
             "region must be one of .* got 'somewhere' .or superpixels:COUNT, border:WIDTH, a mask picture",
         ),
         ("border:wide", "region must be border:WIDTH with a width in pixels, got 'border:wide'"),
-        ("cam:3", "region must .* got 'cam:3' .did you mean 'cam'"),
         ("support", "region must not be support without a class to reach"),
     ],
 )

@@ -223,8 +223,13 @@ class _Maker:
         kind = _kind(word)
         if kind is not None:
             return kind.make(self, word.partition(":")[2])
+        exists = os.path.exists(word)  # noqa: PTH110 - Path.exists raises on long names
+        name, colon, _ = word.partition(":")
+        if colon and name in REGIONS and not exists:
+            remedy = "the fraction sets its area" if REGIONS[name].depends_on_fraction else "nothing follows it"
+            raise ValueError(f"region must be {name}, got {self.text!r} ({remedy})")
         # A word with a suffix is meant as a file; if there is none, reading it says so.
-        if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
+        if not (exists or Path(word).suffix):
             forms = ", ".join(form for form in region_forms() if ":" in form)
             remedy = f"or {forms}, a mask picture, or these with ~, &, | and matched:"
             raise ValueError(unknown_choice("region", self.text, REGIONS, remedy=remedy))
