@@ -226,7 +226,9 @@ class _Maker:
         exists = os.path.exists(word)  # noqa: PTH110 - Path.exists raises on long names
         name, colon, _ = word.partition(":")
         if colon and name in REGIONS and not exists:
-            remedy = "the fraction sets its area" if REGIONS[name].depends_on_fraction else "nothing follows it"
+            remedy = (
+                "the fraction sets its area" if REGIONS[name].depends_on_fraction else "nothing follows it"
+            )
             raise ValueError(f"region must be {name}, got {self.text!r} ({remedy})")
         # A word with a suffix is meant as a file; if there is none, reading it says so.
         if not (exists or Path(word).suffix):
