@@ -13,16 +13,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+T = TypeVar("T")
 Progress = Callable[[float], None]  # called with the fraction done, 0 to 1
 ProgressOption = bool | Progress | None  # True shows a bar; False and None show nothing
 FIRST_LINE, LINE_EVERY = 5.0, 30.0  # seconds until the first line, and between lines
 NOTEBOOK_EVERY = 1.0
+SAVE_EVERY, SAVE_AT_MOST = (
+    20.0,
+    0.1,
+)  # seconds between checkpoints, and the fraction of the time that they may take
 MEASURABLE = 1.0  # seconds of work from which a rate is stated
 WINDOW = 60.0  # seconds that a rate is measured over
 RESUMED = 0.5  # a first report within so many seconds of the start is what an earlier run had done
@@ -62,6 +67,28 @@ def part(progress: Progress | None, start: float, end: float, whole: float = 1.0
     if progress is None:
         return None
     return lambda fraction: progress((start + (end - start) * fraction) / whole)
+
+
+class Checkpoints:
+    """Hands what is known so far to a function, every 20 seconds and less often where that takes long.
+
+    Args:
+        save: the function, or None for no checkpoints.
+        known: makes what it gets.
+    """
+
+    def __init__(self, save: Callable[[T], object] | None, known: Callable[[], T]) -> None:
+        self.save, self.known = save, known
+        self.due = clock() + SAVE_EVERY
+
+    def __call__(self) -> None:
+        """Save if it is time to."""
+        begun = clock()
+        if self.save is None or begun < self.due:
+            return
+        self.save(self.known())
+        now = clock()
+        self.due = now + max(SAVE_EVERY, (1 / SAVE_AT_MOST - 1) * (now - begun))
 
 
 @dataclass(eq=False)

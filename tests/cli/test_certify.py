@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from tests.cli.conftest import NAMES, TINY, Run
 from weakspot import Pairs
+from weakspot.proofs import pixel_proofs
 
 GRAY = ("--model", "tiny_networks:gray", "--mean", "0", "--size", "28x28")
 PLANTED = """
@@ -282,3 +284,32 @@ def test_names_of_a_strangers_certificate_are_checked(
         ended = run("certify", "--check", path, *PIXEL)
         assert ended.code == 2
         assert f"names must be image files, got {name!r}" in ended.err
+
+
+def test_an_interrupt_keeps_what_is_known_and_no_file_of_an_earlier_run(
+    run: Run, photographs: Path, tmp_path: Path, planted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made")
+    assert run(*options).code == 0
+    whole = json.loads((tmp_path / "made/certificate.json").read_text())
+    certify = pixel_proofs._Prover.certify
+
+    def interrupted(prover: Any, image: int, report: Any) -> None:
+        if image == 2:
+            raise KeyboardInterrupt
+        certify(prover, image, report)
+
+    monkeypatch.setattr(pixel_proofs._Prover, "certify", interrupted)
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+    ended = run(*options)
+    assert (ended.code, ended.err) == (
+        130,
+        "weakspot: interrupted; written to made so far: certificate.json\n",
+    )
+    assert [path.name for path in (tmp_path / "made").rglob("*") if path.is_file()] == ["certificate.json"]
+    kept = json.loads((tmp_path / "made/certificate.json").read_text())
+    assert kept["status"][:2] == whole["status"][:2]
+    assert kept["names"] == whole["names"]
+    assert not any(map(any, kept["status"][3]))
+    assert run("certify", "--check", "made/certificate.json", *PIXEL).code == 0

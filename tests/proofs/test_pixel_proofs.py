@@ -17,7 +17,8 @@ from tests.networks import Made, Wrapped, untouched
 from tests.pretend_gpu import GPU, PretendGPU
 from tests.proofs.architectures import ARCHITECTURES
 from tests.proofs.test_enumeration import brute_force, weakened
-from weakspot import certify_pixels, explain
+from weakspot import PixelCertificate, certify_pixels, explain
+from weakspot.proofs import check_certificate
 from weakspot.proofs.certificate import AS_RUN, EXACT
 from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
@@ -346,3 +347,46 @@ def test_one_refuted_pixel_of_many_is_not_rounded_away() -> None:
     made = certify_pixels(network, image, network(image).argmax(1), region=nowhere)
     every = replace(made, status=status, region=~nowhere)
     assert "over 99.9% proven, under 0.1% refuted, 0% unknown" in repr(every)
+
+
+def test_checkpoints_hold_what_is_known_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    images = torch.rand(3, 1, 4, 4)
+    labels = network(images).argmax(1)
+    kept: list[PixelCertificate] = []
+    last = certify_pixels(network, images, labels, on_checkpoint=kept.append)
+    assert len(kept) >= 3
+    assert (kept[0].status[2] == 0).all()  # the third image was not reached
+    assert kept[0].unknown_because()["the search had not finished"] >= 16
+    for earlier in kept:
+        decided = earlier.status != 0
+        assert torch.equal(earlier.status[decided], last.status[decided])
+        assert (earlier.reason[earlier.status == 0] >= 0).all()
+        path = earlier.to_json(tmp_path / "kept.json")
+        assert check_certificate(network, path, images, seed=0).passed
+    assert torch.equal(kept[-1].status, last.status)
+    assert "the search had not finished" not in last.reasons
+
+
+class NotFiniteWhere(nn.Module):
+    """NaN for bright upper left pixels of images that are dark elsewhere."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = 4 + images.mean((1, 2, 3))
+        bad = (images[:, 0, 0, 0] > 0.9) & (images[:, 0, 2, 2] < 0.1)
+        return torch.stack([score, 0 * score], 1).masked_fill(bad[:, None], torch.nan)
+
+
+def test_an_image_whose_changed_versions_give_nan_is_unknown_and_the_others_are_decided() -> None:
+    images = torch.full((3, 1, 3, 4), 0.5)
+    images[1] = 0
+    result = certify_pixels(NotFiniteWhere().eval(), images, torch.zeros(3, dtype=torch.long), colors="8bit")
+    assert int(result.status[1, 0, 0]) == 0
+    assert (result.status[[0, 2]] == 1).all()
+    assert (
+        result.reasons[int(result.reason[1, 0, 0])]
+        == "the network returned NaN or infinity for a changed image"
+    )

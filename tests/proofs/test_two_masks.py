@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.networks import NETWORKS, Made, Wrapped, seeded, untouched
 from weakspot.classifier import Classifier, evaluating
-from weakspot.proofs import DoubleMasking, MaskSet, certify_patches
+from weakspot.proofs import DoubleMasking, MaskSet, PatchCertificate, certify_patches
 from weakspot.proofs.mask_set import NONE, MaskedImage
 from weakspot.proofs.two_masks import SLACK
 
@@ -351,3 +351,17 @@ def test_the_masked_classifier_refuses_what_is_no_batch_of_images(
     masked = DoubleMasking(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(), patch=2, masks=2)
     with pytest.raises(ValueError, match=message):
         masked(change(torch.rand(2, 1, 8, 8)))
+
+
+def test_checkpoints_are_certificates_of_the_images_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+    images = torch.rand(3, 1, CORNER, CORNER, generator=torch.Generator().manual_seed(0))
+    network = CornerReader().eval()
+    labels = network(images).argmax(1)
+    kept: list[PatchCertificate] = []
+    last = certify_patches(network, images, labels, patch=2, on_checkpoint=kept.append)
+    assert [len(one) for one in kept] == [1, 2, 3]
+    for one in kept:
+        assert torch.equal(one.certified, last.certified[: len(one)])
+        assert torch.equal(one.images, images[: len(one)])

@@ -51,6 +51,7 @@ from weakspot.report.robustness_figures import CertificateView, certificate_figu
 
 if TYPE_CHECKING:
     import pandas as pd
+Certificate = PixelCertificate | PatchCertificate
 FILES = ("certificate.json", "maps", "scores.csv", "pairs.safetensors")
 PIXEL_OPTIONS = ("region", "fraction", "colors", "time", "exact")
 MANY = 64 * 64  # pixels of an image above which certifying all takes long
@@ -143,33 +144,29 @@ def certify(
         aim = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         read = aim.images
         session.make_folder()
-        certificate: PixelCertificate | PatchCertificate
+        keep = partial(_keep, out, read.paths)
+        certificate: Certificate
         if size is None:
             certificate = certify_pixels(
                 session.classifier, read.pixels, aim.labels,
                 region=_find_region(session, AimOptions(region=region, fraction=fraction), read, aim, seed, seconds),
                 colors=colors, seconds=seconds, statement="exact arithmetic" if exact else "float32 as run",
-                progress=session.display.step("certifying", total=len(read.names)),
+                progress=session.display.step("certifying", total=len(read.names)), on_checkpoint=keep,
             )  # fmt: skip
         else:
             certificate = certify_patches(
                 session.classifier, read.pixels, aim.labels, patch=size,
-                progress=session.display.step("masking twice", total=len(read.names)),
+                progress=session.display.step("masking twice", total=len(read.names)), on_checkpoint=keep,
             )  # fmt: skip
         session.display.step("writing")
-        # Whole paths, because --check reads the images by these names.
-        certificate = replace(certificate, names=tuple(read.paths))
+        certificate = keep(certificate)
         if isinstance(certificate, PixelCertificate):
             scores, summary = _pixel_scores(session.classifier, read, aim, certificate)
-        else:
-            scores, summary = _patch_scores(session.classifier, read, aim, certificate)
-        # Before the new certificate replaces the one that names the earlier files.
-        remove_earlier(out)
-        certificate.to_json(out / FILES[0])
-        write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
-        if isinstance(certificate, PixelCertificate):
             save_pairs(out / FILES[3], certificate)
             draw_pictures(out / FILES[1], certificate, scores)
+        else:
+            scores, summary = _patch_scores(session.classifier, read, aim, certificate)
+        write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
 
     def show() -> None:
         print_sentences(scores, summary)
@@ -177,15 +174,8 @@ def certify(
             print_text(f"\n{trial_sentence()}", style="dim")
         print_text(f"\nCertificate: {(out / FILES[0]).resolve()}{session.ending()}", style="dim")
 
-    session.report(
-        lambda: {
-            "summary": summary,
-            "scores": json_rows(scores),
-            "skipped": session.skipped,
-            "certificate": str(out / FILES[0]),
-        },
-        show,
-    )
+    found = {"summary": summary, "scores": json_rows(scores), "skipped": session.skipped}
+    session.report(lambda: {**found, "certificate": str(out / FILES[0])}, show)
 
 
 def _parse_patch(text: str) -> int | float:
@@ -308,8 +298,18 @@ def _patch_scores(
     return scores, certificate.sentence
 
 
+def _keep(out: Path, paths: Sequence[str], certificate: Certificate) -> Certificate:
+    """Write what is known so far, so that an interrupt or a kill loses little; returns it with the images' names."""
+    # Whole paths, because --check reads the images by these names.
+    certificate = replace(certificate, names=tuple(paths[: len(certificate.labels)]))
+    # Before the new certificate replaces the one that names the earlier files.
+    remove_earlier(out)
+    certificate.to_json(out / FILES[0])
+    return certificate
+
+
 def remove_earlier(out: Path) -> None:
-    """Remove the pictures and pairs that the certificate in the folder says were written with it, nothing else."""
+    """Remove the scores, and the pictures and pairs that the certificate in the folder says were written with it."""
     try:
         earlier = CertificateFile.open(out / FILES[0])
         # A certificate against patches comes with neither.
@@ -318,7 +318,7 @@ def remove_earlier(out: Path) -> None:
     except (ValueError, OSError):
         return
     pictures = [out / FILES[1] / name for name in picture_names(names)]
-    for path in (*pictures, *([out / FILES[3]] if refuted else [])):
+    for path in (*pictures, out / FILES[2], *([out / FILES[3]] if refuted else [])):
         path.unlink(missing_ok=True)
 
 

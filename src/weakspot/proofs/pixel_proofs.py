@@ -1,14 +1,16 @@
 """Certificates of single pixels: bounds, a sweep, branch and bound over the colors, and why the rest is unknown."""
 
+import copy
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_choice, check_classes, check_region, is_number
-from weakspot._progress import Progress, ProgressOption, part, shown
+from weakspot._checks import NotFiniteError, check_choice, check_classes, check_region, is_number
+from weakspot._progress import Checkpoints, Progress, ProgressOption, part, shown
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import Prepared, prepare
 from weakspot.edits.engine import edited_images
@@ -30,6 +32,8 @@ from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import BoundNetwork, bound_network
 from weakspot.proofs.rounding_errors import float32_troubles
 
+NOT_FINITE = "the network returned NaN or infinity for a changed image"
+NOT_REACHED = "the search had not finished"
 TRIAL = 1e-3  # of the range of the logits: how far float64 may be from the network's own float32
 
 
@@ -43,6 +47,7 @@ def certify_pixels(
     seconds: float | None = None,
     statement: str = AS_RUN,
     progress: ProgressOption = None,
+    on_checkpoint: Callable[[PixelCertificate], object] | None = None,
 ) -> PixelCertificate:
     """Prove or refute, for each pixel alone, that no color of it changes the decision.
 
@@ -57,6 +62,8 @@ def certify_pixels(
         seconds: of wall time, after which the pixels that are left stay unknown; no limit if None.
         statement: what a proof is about, "float32 as run" or "exact arithmetic".
         progress: True for a bar, or a function that is called with the fraction done.
+        on_checkpoint: a function that gets what is known so far about every 20 seconds, as a certificate in which the
+            pixels that are left are unknown.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -89,10 +96,21 @@ def certify_pixels(
             *allowed.box(clean.cpu()),
         )
         prover = _Prover(classifier, ledger, allowed, as_run=statement == AS_RUN, deadline=deadline)
-        for image in range(len(clean)):
-            prover.certify(image, part(report, image, image + 1, len(clean)))
+        save = Checkpoints(
+            on_checkpoint, lambda: _certificate(classifier, _unfinished(ledger), allowed, statement)
+        )
+
+        def tell(fraction: float) -> None:
             if report is not None:
-                report((image + 1) / len(clean))
+                report(fraction)
+            save()
+
+        for image in range(len(clean)):
+            try:
+                prover.certify(image, part(tell, image, image + 1, len(clean)))
+            except NotFiniteError:
+                ledger.give_up(ledger.unexplained(image), NOT_FINITE)
+            tell((image + 1) / len(clean))
         return _certificate(classifier, ledger, allowed, statement)
 
 
@@ -222,6 +240,14 @@ def _sweep(search: ColorSearch, sites: Tensor) -> None:
         if search.late or not bool(open_now.any()):
             return
         search.refute(sites[open_now], candidates[open_now])
+
+
+def _unfinished(ledger: Ledger) -> Ledger:
+    """A copy in which every open pixel has a reason."""
+    ledger = copy.deepcopy(ledger)
+    for image in range(len(ledger.images)):
+        ledger.give_up(ledger.unexplained(image), NOT_REACHED)
+    return ledger
 
 
 def _certificate(

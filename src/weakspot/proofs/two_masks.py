@@ -6,7 +6,7 @@ the classifier that masks twice, `DoubleMasking`, gives the label whatever a pat
 always has a say, and no other mask is believed against it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch, check_classes
-from weakspot._progress import ProgressOption, shown
+from weakspot._progress import Checkpoints, ProgressOption, shown
 from weakspot.classifier import Classifier, as_classifier, check_images, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.logits import logit_scale
@@ -176,6 +176,7 @@ def certify_patches(
     patch: Patch = 0.02,
     masks: int = 6,
     progress: ProgressOption = None,
+    on_checkpoint: Callable[[PatchCertificate], object] | None = None,
 ) -> PatchCertificate:
     """Certify the classifier behind double masking against every patch of a size, at every place.
 
@@ -191,6 +192,7 @@ def certify_patches(
             pixels. A patch of any shape that fits into such a square is covered.
         masks: along each side, at most. More masks are smaller, hide less and take longer.
         progress: True for a bar, or a function of the fraction done.
+        on_checkpoint: a function that gets the certificate of the images that are done, about every 20 seconds.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -207,23 +209,30 @@ def certify_patches(
         check_classes(labels, len(images), count)
         labels = labels.to(images.device)
         prepared = prepare(classifier, images[:1])
-        rows = []
+        rows: list[_Row] = []
+
+        def known() -> PatchCertificate:
+            done, device = len(rows), images.device
+            return PatchCertificate(
+                torch.tensor([row.certified for row in rows], device=device),
+                labels[:done],
+                torch.tensor([row.margin for row in rows], device=device),
+                torch.tensor([row.pair for row in rows], device=device),
+                torch.tensor([row.predicted for row in rows], device=device),
+                cover,
+                images[:done],
+                torch.tensor([row.n_forward for row in rows], device=device),
+                network=network_record(classifier),
+            )
+
+        save = Checkpoints(on_checkpoint, known)
         with shown(progress, "masking twice", total=len(images)) as report:
             for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
                 rows.append(_Masked(classifier, prepared, cover, image).certify(label))
+                save()
                 if report is not None:
                     report((number + 1) / len(images))
-    return PatchCertificate(
-        torch.tensor([row.certified for row in rows], device=images.device),
-        labels,
-        torch.tensor([row.margin for row in rows], device=images.device),
-        torch.tensor([row.pair for row in rows], device=images.device),
-        torch.tensor([row.predicted for row in rows], device=images.device),
-        cover,
-        images,
-        torch.tensor([row.n_forward for row in rows], device=images.device),
-        network=network_record(classifier),
-    )
+        return known()
 
 
 class _Row(NamedTuple):
