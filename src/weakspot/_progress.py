@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,24 +69,19 @@ def part(progress: Progress | None, start: float, end: float, whole: float = 1.0
     return lambda fraction: progress((start + (end - start) * fraction) / whole)
 
 
-class Checkpoints:
-    """Hands what is known so far to a function, every 20 seconds and less often where that takes long.
+class Checkpoints(Generic[T]):
+    """Hands what is known so far to a function, every 20 seconds and less often where that takes long."""
 
-    Args:
-        save: the function, or None for no checkpoints.
-        known: makes what it gets.
-    """
-
-    def __init__(self, save: Callable[[T], object] | None, known: Callable[[], T]) -> None:
-        self.save, self.known = save, known
+    def __init__(self, save: Callable[[T], object] | None) -> None:
+        self.save = save
         self.due = clock() + SAVE_EVERY
 
-    def __call__(self) -> None:
-        """Save if it is time to."""
+    def __call__(self, known: Callable[[], T]) -> None:
+        """Save what `known` makes, if it is time to; never without a function."""
         begun = clock()
         if self.save is None or begun < self.due:
             return
-        self.save(self.known())
+        self.save(known())
         now = clock()
         self.due = now + max(SAVE_EVERY, (1 / SAVE_AT_MOST - 1) * (now - begun))
 

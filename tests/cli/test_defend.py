@@ -15,6 +15,7 @@ from PIL import Image
 from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
 from weakspot import Linf, _progress, defenses, load, read_images
+from weakspot._checks import NotFiniteError
 from weakspot.cli.app import Failure
 from weakspot.cli.defend import _is_random, _meanings, _print
 from weakspot.cli.defense_choice import find_defense
@@ -165,23 +166,46 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
         assert sheet.width > 800
 
 
-def test_an_interrupt_keeps_the_attacks_that_had_finished(
-    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (NotFiniteError("NaN for image 0 of 9"), 2, "NaN for image 0 of 9"),
+        (RuntimeError("out of memory"), 1, "unexpected RuntimeError: out of memory"),
+    ],
+)
+def test_whatever_ends_the_command_the_attacks_that_had_finished_are_kept(
+    run: Run,
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    reason: str,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("weakspot.defenses.attack_sequence.square_search", interrupt)
+    ended = run("defend", photographs, *TINY, "--budget", "linf:1/255", "--out", "made")
+    assert ended.code == code, ended.err
+    assert f"weakspot: {reason}" in ended.err
+    table = pd.read_csv(tmp_path / "made/defense.csv")
+    assert table["attack"].tolist()[0] == "clean"
+    assert not table["attack"].str.startswith("square search").any()
+    if code != 1:
+        assert f"no verdict: {', '.join(table['attack'])}" in ended.err
+    document = json.loads((tmp_path / "made/defense.json").read_text())
+    assert document["status"] == "cannot be judged"
+    assert "was interrupted after white-box (region of importance). Accuracy so far" in document["verdict"]
+
+
+def test_nothing_is_kept_where_no_attack_had_finished(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weakspot.defenses.attack_sequence.square_search", interrupt)
-    ended = run("defend", photographs, *TINY, "--budget", "linf:1/255", "--out", "made")
-    assert ended.code == 130, ended.err
-    table = pd.read_csv(tmp_path / "made/defense.csv")
-    assert table["attack"].tolist()[0] == "clean"
-    assert not table["attack"].str.startswith("square search").any()
-    assert f"no verdict: {', '.join(table['attack'])}" in ended.err
-    document = json.loads((tmp_path / "made/defense.json").read_text())
-    assert document["status"] == "cannot be judged"
-    assert "was interrupted after white-box (region of importance). Accuracy so far" in document["verdict"]
-    # Nothing is kept where no attack had finished.
     monkeypatch.setattr("weakspot.defenses.attack_sequence.is_correct", interrupt)
     ended = run("defend", photographs, *TINY, "--out", "none")
     assert (ended.code, ended.err.splitlines()[-1]) == (130, "weakspot: interrupted; nothing was written")

@@ -545,6 +545,23 @@ def test_an_interrupt_or_nan_keeps_the_analyses_that_had_finished(
     assert "effect_in_roi" in pd.read_csv(tmp_path / "kept/scores.csv")
 
 
+def test_a_crash_loses_no_analysis_that_had_finished_long_ago(
+    run: Run,
+    photographs: Path,
+    tmp_path: Path,
+    last_analysis: Callable[[Interrupting], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+    last_analysis(Interrupting(error=RuntimeError("out of memory")))
+    ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3, "--out", "kept")
+    assert ended.code == 1
+    assert json.loads((tmp_path / "kept/run.json").read_text())["analyses left out"] == "late"
+    assert "effect_in_roi" in pd.read_csv(tmp_path / "kept/scores.csv")
+    assert (tmp_path / "kept/report.html").is_file()
+
+
 def test_quick_runs_and_names_what_it_leaves_out(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3, "--quick", "--out", "made")
     assert ended.code == 0, ended.err

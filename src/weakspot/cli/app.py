@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -235,6 +236,8 @@ def note(sentence: str, *, failure: bool = False) -> None:
 def main() -> None:
     """Run the command line."""
     debug = "--debug" in sys.argv
+    # `kill`, and schedulers that end a job, interrupt a command as Ctrl-C does: what has finished is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Not standalone: typer raises its errors and returns exit codes, instead of printing and exiting.
         code = app(prog_name="weakspot", standalone_mode=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -212,16 +210,9 @@ def _watcher(display: Display) -> Callable[[AuditProgress], None]:
 
 @contextmanager
 def _resumable(where: str) -> Iterator[None]:
-    """Turn an interrupt or SIGTERM, between any two steps, into a sentence that says how to continue."""
+    """Turn an interrupt, between any two steps, into a sentence that says how to continue."""
     from weakspot.audit import AuditInterrupt, StoppedError
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = None
-    # Python lets only the main thread set handlers of signals.
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except AuditInterrupt as interrupted:
@@ -234,9 +225,6 @@ def _resumable(where: str) -> Iterator[None]:
         raise Failure(f"interrupted; {remedy}", RESUMABLE) from None
     except StoppedError as stopped:
         raise Failure(str(stopped), RESUMABLE if stopped.resumable else 2) from stopped
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _write_report(run: Run) -> None:

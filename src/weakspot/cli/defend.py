@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from torch import Tensor, nn
 
-from weakspot._checks import check_fraction
+from weakspot._checks import NotFiniteError, check_fraction
 from weakspot._io.files import write_atomic
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images, predict
-from weakspot.cli.app import INTERRUPTED, Failure, command, note
+from weakspot.cli.app import INTERRUPTED, USAGE, Failure, command, note
 from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.labeled_images import distinct_rows, find_labels
 from weakspot.cli.options import (
@@ -53,7 +53,7 @@ from weakspot.cli.session import (
 from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
 from weakspot.defenses.evaluation import check_network
 from weakspot.defenses.randomized import is_random
-from weakspot.defenses.verdicts import AttackRow, unfinished
+from weakspot.defenses.verdicts import AttackRow, Verdict, unfinished
 from weakspot.statistics.number_format import counted, percent
 
 if TYPE_CHECKING:
@@ -157,47 +157,51 @@ def defend(
             refuse(context, ["draws"], f"with {defense}, which is not random")
         read, truth, _, where = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         session.make_folder()
+
+        def write(table: pd.DataFrame, result: Verdict) -> dict[str, object]:
+            about: dict[str, object] = {
+                "defense": ", ".join([defense, *(settings or [])]),
+                "status": result.status,
+                "verdict": result.sentence,
+                "attacks": f"{spent}, {counted(steps, 'step')}"
+                + (f" (two thirds on the random defense, on {counted(draws, 'draw')})" if random else "")
+                + f", at most {counted(queries, 'query')}, region of importance {percent(fraction)}",
+                "substitute": substitute or "none",
+                "labels": where,
+                **session.provenance(seed),
+                "images": read.paths if samples else shorten_paths(read.paths),
+            }
+            document = {
+                **{key: about[key] for key in ("status", "verdict", "defense", "labels")},
+                "images": len(truth),
+                "attacks": json_rows(table),
+            }
+            title = f"{classifier.name}, {about['defense']}, {counted(len(truth))}, {spent}"
+            _write(out, table, document, about, title=f"{result.sentence} {title}")
+            return document
+
         finished: list[pd.DataFrame] = []
-        interrupted = False
+
+        def keep(table: pd.DataFrame) -> None:
+            finished.append(table)
+            write(table, unfinished(table))
+
         try:
             table = evaluate_defense(
                 classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
                 queries=queries, substitute=other, thorough=thorough, seed=seed,
                 oracle=_oracle(classifier, defended) if oracle else None,
                 progress=session.display.step("attacking", total=len(truth), counted=False),
-                on_attack=finished.append,
+                on_attack=keep,
             )  # fmt: skip
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, NotFiniteError) as error:
             if not finished:
                 raise
-            table, interrupted = finished[-1], True
-        result = unfinished(table) if interrupted else verdict(table)
+            # Again, because it may have been the writing that was interrupted.
+            write(finished[-1], unfinished(finished[-1]))
+            raise _stopped(error, out, finished[-1]) from None
         session.display.step("writing")
-        about = {
-            "defense": ", ".join([defense, *(settings or [])]),
-            "status": result.status,
-            "verdict": result.sentence,
-            "attacks": f"{spent}, {counted(steps, 'step')}"
-            + (f" (two thirds on the random defense, on {counted(draws, 'draw')})" if random else "")
-            + f", at most {counted(queries, 'query')}, region of importance {percent(fraction)}",
-            "substitute": substitute or "none",
-            "labels": where,
-            **session.provenance(seed),
-        }
-        document = {
-            **{key: about[key] for key in ("status", "verdict", "defense", "labels")},
-            "images": len(truth),
-            "attacks": json_rows(table),
-        }
-        title = f"{result.sentence} {classifier.name}, {about['defense']}, {counted(len(truth))}, {spent}"
-        names = read.paths if samples else shorten_paths(read.paths)
-        _write(out, table, document, {**about, "images": names}, title)
-    if interrupted:
-        raise Failure(
-            f"interrupted; {out / 'defense.csv'} holds the attacks that had finished on all images, and no verdict: "
-            f"{', '.join(table['attack'])}",
-            INTERRUPTED,
-        )
+        document = write(table, result := verdict(table))
 
     def show() -> None:
         _print(table, result.sentence, where, _meanings(substitute, table), every=every)
@@ -207,6 +211,13 @@ def defend(
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _stopped(error: BaseException, out: Path, table: pd.DataFrame) -> Failure:
+    """What an interrupt, or a model that returned NaN, left."""
+    kept = f"{out / 'defense.csv'} holds the attacks that had finished on all images, and no verdict"
+    reason, code = ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (error, USAGE)
+    return Failure(f"{reason}; {kept}: {', '.join(table['attack'])}", code)
 
 
 def _is_random(classifier: Classifier, defended: nn.Module, pixels: Tensor, name: str, seed: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weakspot._checks import NotFiniteError, warn
 from weakspot._io.files import write_atomic
+from weakspot._progress import Checkpoints
 from weakspot.classifier import Classifier
 from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
 from weakspot.cli.attack_choice import AimOptions, AttackChoice, attack_images, find_aim
@@ -99,6 +100,7 @@ def explain(
     every_name = usual_analyses()
     chosen = every_name if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
     planned = list(find_analyses(QUICK if quick else chosen))
+    left_out = [name for name in every_name if quick and name not in planned]
     options = repeated(context, ["budget", *(field.name for field in fields(network))])
     with open_session(context, network, output, out, FILES) as session:
         classifier = session.classifier
@@ -113,6 +115,28 @@ def explain(
             attacked = _Attacked(result, aim.names, source, how)
         others = None if reference is None else _read_reference(session, reference)
         screen = VerdictOutput(session, planned, every)
+
+        def write(explanation: Explanation) -> dict[str, Path]:
+            absent = [name for name in every_name if name not in explanation.analyses]
+            made = {
+                "attack": attacked.how,
+                "labels": attacked.source,
+                **({} if pair or aims.region == "none" else {"region": aims.region}),
+                **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
+                **({"analyses left out": ", ".join(absent)} if screen.missing or quick else {}),
+                **({"options": options} if options else {}),
+                **session.provenance(seed),
+            }
+            return _write(session, replace(explanation, made=made))
+
+        save = Checkpoints(write)
+
+        def finish(explanation: Explanation) -> None:
+            screen.update(explanation)
+            # Kept, whatever may end the command; the last one is written below.
+            if screen.missing:
+                save(lambda: explanation)
+
         stopped: Failure | None = None
         try:
             explanation = explain_pairs(
@@ -123,7 +147,7 @@ def explain(
                 names=attacked.names,
                 reference=others,
                 progress=session.display.step("explaining", total=len(planned), unit="analysis"),
-                on_analysis=screen.update,
+                on_analysis=finish,
             )
         except (KeyboardInterrupt, NotFiniteError) as error:
             # Finished analyses are written all the same; before the first one, there is nothing to keep.
@@ -136,23 +160,13 @@ def explain(
                 else Failure(str(error))
             )
         session.display.step("writing")
-        left_out = [name for name in every_name if name not in explanation.analyses]
-        made = {
-            "attack": attacked.how,
-            "labels": attacked.source,
-            **({} if pair or aims.region == "none" else {"region": aims.region}),
-            **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
-            **({"analyses left out": ", ".join(left_out)} if stopped or quick else {}),
-            **({"options": options} if options else {}),
-            **session.provenance(seed),
-        }
-        paths = _write(session, replace(explanation, made=made))
+        paths = write(explanation)
     if stopped is not None:
         kept = f"{paths['report.html']} holds the analyses that had finished, without {', '.join(screen.missing)}"
         raise Failure(f"{stopped}; {kept}", stopped.code)
     session.report(
         lambda: _document(explanation, paths, session.skipped),
-        lambda: _print_end(explanation, screen, paths, left_out if quick else []),
+        lambda: _print_end(explanation, screen, paths, left_out),
     )
 
 

@@ -96,14 +96,12 @@ def certify_pixels(
             *allowed.box(clean.cpu()),
         )
         prover = _Prover(classifier, ledger, allowed, as_run=statement == AS_RUN, deadline=deadline)
-        save = Checkpoints(
-            on_checkpoint, lambda: _certificate(classifier, _unfinished(ledger), allowed, statement)
-        )
+        save = Checkpoints(on_checkpoint)
 
         def tell(fraction: float) -> None:
             if report is not None:
                 report(fraction)
-            save()
+            save(lambda: _certificate(classifier, _unfinished(ledger), allowed, statement))
 
         for image in range(len(clean)):
             try:

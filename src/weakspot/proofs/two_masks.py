@@ -225,11 +225,11 @@ def certify_patches(
                 network=network_record(classifier),
             )
 
-        save = Checkpoints(on_checkpoint, known)
+        save = Checkpoints(on_checkpoint)
         with shown(progress, "masking twice", total=len(images)) as report:
             for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
                 rows.append(_Masked(classifier, prepared, cover, image).certify(label))
-                save()
+                save(known)
                 if report is not None:
                     report((number + 1) / len(images))
         return known()
