@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
 from tests.cli.conftest import NAMES, TINY, Run
-from weakspot import Pairs
+from weakspot import AttackResult, Pairs
+from weakspot._checks import NotFiniteError
 from weakspot.cli.map import _summary
+from weakspot.vulnerability import WeakSpots, weak_spots
 
 PLANTED = """
 import torch
@@ -162,3 +165,35 @@ def test_a_url_is_not_taken_for_a_path(run: Run) -> None:
     ended = run("map", "http://127.0.0.1/cat.png", "--model", "nothing:build")
     assert ended.code == 4
     assert "got http://127.0.0.1/cat.png (URLs are not read" in ended.err
+
+
+def test_an_interrupt_keeps_the_images_that_are_done_and_nan_skips_only_its_image(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+    options = ("map", photographs, *TINY, "--grid", 2)
+    assert run(*options, "--out", "whole").code == 0
+    whole = pd.read_csv(tmp_path / "whole/scores.csv")
+    asked: list[object] = []
+
+    def failing(*arguments: Any, **options: Any) -> WeakSpots:
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise NotFiniteError("NaN")
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return weak_spots(*arguments, **options)
+
+    monkeypatch.setattr("weakspot.cli.map.weak_spots", failing)
+    ended = run(*options, "--out", "cut")
+    assert ended.code == 130
+    assert "interrupted; written to cut so far: maps/ (2 files), scores.csv, pairs.safetensors" in ended.err
+    skipped = whole["image"][1]
+    assert f"{skipped}: Sequential returned NaN or infinity for a changed version; skipped" in ended.err
+    kept = pd.read_csv(tmp_path / "cut/scores.csv")
+    pd.testing.assert_frame_equal(kept, whole.iloc[[0, 2]].reset_index(drop=True))
+    assert len(AttackResult.load(tmp_path / "cut/pairs.safetensors")) == 2
+    assert {path.name for path in (tmp_path / "cut/maps").iterdir()} < {
+        path.name for path in (tmp_path / "whole/maps").iterdir()
+    }

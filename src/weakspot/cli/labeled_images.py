@@ -16,6 +16,11 @@ from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_l
 from weakspot.images import first_copies
 from weakspot.statistics.number_format import counted
 
+NONE_LEFT = (
+    "{} returned NaN or infinity for a changed version of each image that was left (check its weights and "
+    "normalization)"
+)
+
 
 class NamedImages(Protocol):
     """Images with names, and what belongs to them."""
@@ -92,6 +97,11 @@ def distinct_rows(images: Images) -> list[int]:
     return rows
 
 
+def skip_changed(session: Session, name: str) -> None:
+    """Note an image that cannot be changed."""
+    session.skip(f"{name}: {session.classifier.name} returned NaN or infinity for a changed version; skipped")
+
+
 def without_failures(session: Session, given: Given, run: Callable[[Given], Made]) -> tuple[Given, Made]:
     """What `run` makes of the images, and those images: without the ones that it cannot change.
 
@@ -111,15 +121,10 @@ def without_failures(session: Session, given: Given, run: Callable[[Given], Made
             try:
                 run(given.subset([row]))
             except NotFiniteError:
-                session.skip(
-                    f"{name}: {session.classifier.name} returned NaN or infinity for a changed version; skipped"
-                )
+                skip_changed(session, name)
             else:
                 left.append(row)
         if not left:
-            raise Failure(
-                f"{session.classifier.name} returned NaN or infinity for a changed version of each image that was "
-                "left (check its weights and normalization)"
-            ) from None
+            raise Failure(NONE_LEFT.format(session.classifier.name)) from None
         chosen = given.subset(left)
         return chosen, run(chosen)

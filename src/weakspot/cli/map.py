@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from torch import Tensor
 
-from weakspot._checks import check_choice
+from weakspot._checks import NotFiniteError, check_choice, collected_warnings
 from weakspot._io.files import write_atomic
+from weakspot._progress import Checkpoints, Progress, part
 from weakspot.budgets import L2, read_budget
 from weakspot.classifier import Classifier, evaluating, predict
-from weakspot.cli.app import Failure, command
-from weakspot.cli.labeled_images import Labels, find_labels, without_failures
+from weakspot.cli.app import Failure, command, note
+from weakspot.cli.labeled_images import NONE_LEFT, Labels, find_labels, skip_changed
 from weakspot.cli.options import (
     QUICK_IMAGES,
     BudgetOption,
@@ -31,7 +34,8 @@ from weakspot.cli.options import (
     trial_sentence,
 )
 from weakspot.cli.output import json_rows, picture_names, print_sentences, print_text, shorten_name
-from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
+from weakspot.cli.session import Session, check_output, check_sources, draw_rows, open_session
+from weakspot.pairs import AttackResult
 from weakspot.report.robustness_figures import SpotView, spot_figure
 from weakspot.statistics.number_format import counted
 from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
@@ -41,6 +45,8 @@ from weakspot.vulnerability.square import enough, needless, unfound
 if TYPE_CHECKING:
     import pandas as pd
 
+# Of the time of an image, the part that the search for the smallest square takes, about.
+SQUARES_SHARE = {"estimate": 0.9, "verified": 0.1}
 FILES = ("maps", "scores.csv", "pairs.safetensors")
 
 
@@ -93,101 +99,144 @@ def map(  # noqa: A001 - the name of the command
         labeled = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         session.make_folder()
 
-        def search(given: Labels) -> tuple[SmallestSquare, WeakSpots]:
-            pixels, count = given.images.pixels, len(given.labels)
-            squares = smallest_square(
-                classifier, pixels, given.labels, budget=spent, seed=seed,
-                progress=session.display.step("looking for the smallest squares", total=count),
-            )  # fmt: skip
+        def search(
+            image: Tensor, label: Tensor, progress: Progress | None
+        ) -> tuple[SmallestSquare, WeakSpots]:
+            share = SQUARES_SHARE[effort]
+            square = smallest_square(
+                classifier, image, label, budget=spent, seed=seed, progress=part(progress, 0, share)
+            )
             spots = weak_spots(
-                classifier, pixels, given.labels, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
-                effort=effort, seed=seed,
-                progress=session.display.step("searching the cells", total=count, counted=False),
+                classifier, image, label, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
+                effort=effort, seed=seed, progress=part(progress, share, 1),
             )  # fmt: skip
-            return squares, spots
+            return square, spots
 
-        labeled, (squares, spots) = without_failures(session, labeled, search)
-        scores = _table(classifier, labeled.names, squares, spots)
-        session.display.step("writing")
-        write_atomic(out / "scores.csv", partial(scores.to_csv, index=False))
-        squares.pairs.save(out / "pairs.safetensors")
-        pictures = _draw(out / FILES[0], scores, squares, spots)
+        scores = _search(session, labeled, search)
 
     def show() -> None:
         print_sentences(scores, _summary(scores))
         if quick:
             print_text(f"\n{trial_sentence()}", style="dim")
-        print_text(f"\nMaps: {pictures.resolve()}{session.ending()}", style="dim")
+        print_text(f"\nMaps: {(out / FILES[0]).resolve()}{session.ending()}", style="dim")
 
     session.report(
-        lambda: {"scores": json_rows(scores), "skipped": session.skipped, "maps": str(pictures)}, show
+        lambda: {"scores": json_rows(scores), "skipped": session.skipped, "maps": str(out / FILES[0])}, show
     )
 
 
-def _table(
-    classifier: Classifier, names: Sequence[str], squares: SmallestSquare, spots: WeakSpots
+def _search(
+    session: Session,
+    labeled: Labels,
+    search: Callable[[Tensor, Tensor, Progress | None], tuple[SmallestSquare, WeakSpots]],
 ) -> pd.DataFrame:
-    """One row per image: the classes, the square, the weakest cells, and the sentence."""
+    """Search one image after the other, so that those that are done are kept, whatever may end the command.
+
+    Args:
+        session: of the command.
+        labeled: N images.
+        search: (image (1, C, H, W), label (1,), progress) -> what was found.
+
+    Returns:
+        The table of scores.csv.
+    """
+    out, names, total = session.out, labeled.names, len(labeled.names)
+    rows: list[dict[str, object]] = []
+    found: list[AttackResult] = []
+    remarks: list[str] = []
+
+    def write(rows: list[dict[str, object]]) -> pd.DataFrame:
+        scores = _table(rows)
+        write_atomic(out / "scores.csv", partial(scores.to_csv, index=False))
+        AttackResult.concatenate(found).save(out / "pairs.safetensors")
+        return scores
+
+    save = Checkpoints(write)
+    step = session.display.step("looking for weak spots", total=total)
+    for number, picture in enumerate(picture_names(names)):
+        image, label = (whole[number : number + 1] for whole in (labeled.images.pixels, labeled.labels))
+        try:
+            with collected_warnings() as messages:
+                square, spots = search(image, label, part(step, number, number + 1, total))
+        except NotFiniteError:
+            skip_changed(session, names[number])
+            continue
+        remarks += dict.fromkeys(messages)  # an image has each once
+        rows.append(_row(session.classifier, names[number], square, spots))
+        found.append(square.pairs)
+        _draw(out / FILES[0] / picture, rows[-1], square, spots)
+        save(lambda: rows)
+    if not rows:
+        raise Failure(NONE_LEFT.format(session.classifier.name))
+    _note(remarks, sum(row["label"] == row["classified_as"] for row in rows))
+    return write(rows)
+
+
+def _note(remarks: Sequence[str], correct: int) -> None:
+    """Note what was remarked about the images, each remark once, with the number of images that it is about.
+
+    Args:
+        remarks: each about one image.
+        correct: images in which weak spots were searched.
+    """
+    for remark, count in Counter(remarks).items():
+        note(remark.replace("1 of 1 image", f"{count} of {counted(correct)}"))
+
+
+def _row(classifier: Classifier, name: str, square: SmallestSquare, spots: WeakSpots) -> dict[str, object]:
+    """Of one image: the classes, the square, the weakest cells, and the sentence."""
+    pairs = square.pairs
+    with evaluating(classifier):
+        index = [
+            pairs.labels,
+            *(predict(classifier, images).argmax(1) for images in (pairs.clean, pairs.adversarial)),
+        ]
+    label, before, after = (classifier.class_name(int(one)) for one in index)
+    side, fraction = int(square.side), float(square.fraction)
+    if side:
+        sentence = enough(side, fraction, square.budget, (label, after))
+    elif before != label:
+        sentence = needless(label, before)
+    else:
+        sentence = unfound(square.budget, label)
+    sizes = spots.size[spots.size.isfinite()]
+    return {
+        "image": name,
+        "label": label,
+        "classified_as": before,
+        "adversarial_class": after if side else None,
+        "side": side or None,
+        "fraction": fraction if side else None,
+        "top": int(square.top) if side else None,
+        "left": int(square.left) if side else None,
+        "weakest_cell_estimate": float(spots.first_order.min()),
+        "weakest_cell_found": float(sizes.min()) if len(sizes) else None,
+        "cells_found": len(sizes) if spots.effort == "verified" else None,
+        "sentence": sentence,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """One row per image. Integers of which some are missing would be written with a decimal point as floats."""
     import pandas as pd
 
-    pairs = squares.pairs
-    with evaluating(classifier):
-        clean, changed = (
-            predict(classifier, images).argmax(1) for images in (pairs.clean, pairs.adversarial)
-        )
-    rows = []
-    for number, side in enumerate(squares.side.tolist()):
-        label, before, after = (
-            classifier.class_name(int(index[number])) for index in (pairs.labels, clean, changed)
-        )
-        fraction = float(squares.fraction[number])
-        if side:
-            sentence = enough(side, fraction, squares.budget, (label, after))
-        elif before != label:
-            sentence = needless(label, before)
-        else:
-            sentence = unfound(squares.budget, label)
-        found = spots.size[number][spots.size[number].isfinite()]
-        rows.append(
-            {
-                "image": names[number],
-                "label": label,
-                "classified_as": before,
-                "adversarial_class": after if side else None,
-                "side": side or None,
-                "fraction": fraction if side else None,
-                "top": int(squares.top[number]) if side else None,
-                "left": int(squares.left[number]) if side else None,
-                "weakest_cell_estimate": float(spots.first_order[number].min()),
-                "weakest_cell_found": float(found.min()) if len(found) else None,
-                "cells_found": len(found) if spots.effort == "verified" else None,
-                "sentence": sentence,
-            }
-        )
-    table = pd.DataFrame(rows)
-    # Integers of which some are missing: as floats, they would be written with a decimal point.
-    whole = ["side", "top", "left", "cells_found"]
-    return table.astype(dict.fromkeys(whole, "Int64"))
+    return pd.DataFrame(rows).astype(dict.fromkeys(["side", "top", "left", "cells_found"], "Int64"))
 
 
-def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: WeakSpots) -> Path:
-    """Write a picture of each image."""
-    folder.mkdir(exist_ok=True)
-    names = picture_names(scores["image"].tolist())
-    for number, row in scores.iterrows():
-        index = int(str(number))
-        side, top, left = (int(values[index]) for values in (squares.side, squares.top, squares.left))
-        view = SpotView(
-            squares.pairs.clean[index].cpu().numpy(),
-            spots.first_order[index].cpu().numpy(),
-            (side, top, left) if side else None,
-            spots.norm,
-            spots.size[index].cpu().numpy() if spots.effort == "verified" else None,
-            spots.max_size,
-        )
-        figure = spot_figure(view, shorten_name(row["image"], 60), row["sentence"])
-        write_atomic(folder / names[index], partial(figure.savefig, dpi=130, format="png"))
-    return folder
+def _draw(path: Path, row: Mapping[str, object], square: SmallestSquare, spots: WeakSpots) -> None:
+    """Write the picture of one image."""
+    path.parent.mkdir(exist_ok=True)
+    side, top, left = (int(values) for values in (square.side, square.top, square.left))
+    view = SpotView(
+        square.pairs.clean[0].cpu().numpy(),
+        spots.first_order[0].cpu().numpy(),
+        (side, top, left) if side else None,
+        spots.norm,
+        spots.size[0].cpu().numpy() if spots.effort == "verified" else None,
+        spots.max_size,
+    )
+    figure = spot_figure(view, shorten_name(str(row["image"]), 60), str(row["sentence"]))
+    write_atomic(path, partial(figure.savefig, dpi=130, format="png"))
 
 
 def _summary(scores: pd.DataFrame) -> str:
