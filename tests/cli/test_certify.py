@@ -35,6 +35,28 @@ def pixel():
     torch.manual_seed(0)
     return Pixel().eval()
 """
+NAN_MASKED = """
+import torch
+from torch import nn
+
+
+class Masked(nn.Module):
+    # NaN for dark images whose upper left corner is hidden.
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images):
+        corner = images[:, :, :2, :2].flatten(2)
+        hidden = (corner == corner[:, :, :1]).all(2).all(1)
+        bad = hidden & (images.mean((1, 2, 3)) < 0.285)
+        return self.inner(images).mean((2, 3)).masked_fill(bad[:, None], torch.nan)
+
+
+def build():
+    torch.manual_seed(0)
+    return Masked().eval()
+"""
 PIXEL = ("--model", "planted_pixel:pixel", "--mean", "0", "--size", "8x8")
 
 
@@ -313,3 +335,14 @@ def test_an_interrupt_keeps_what_is_known_and_no_file_of_an_earlier_run(
     assert kept["names"] == whole["names"]
     assert not any(map(any, kept["status"][3]))
     assert run("certify", "--check", "made/certificate.json", *PIXEL).code == 0
+
+
+def test_an_image_that_gives_nan_under_a_mask_is_skipped(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "nan_masks.py").write_text(NAN_MASKED)
+    model = ("--model", "nan_masks:build", "--mean", "0", "--size", "16x16")
+    ended = run("certify", photographs, *model, "--patch", "2", "--out", "made")
+    assert ended.code == 0, ended.err
+    assert "rocket.png: Masked returned NaN or infinity for a changed version; skipped" in ended.err
+    record = json.loads((tmp_path / "made/certificate.json").read_text())
+    assert [Path(name).name for name in record["names"]] == [name for name in NAMES if name != "rocket.png"]
+    assert run("certify", "--check", "made/certificate.json", *model).code == 0

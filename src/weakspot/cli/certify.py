@@ -15,7 +15,7 @@ from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
 from weakspot.cli.app import GATE_FAILED, Failure, command, note
 from weakspot.cli.attack_choice import Aim, AimOptions, find_region
-from weakspot.cli.labeled_images import Labels, find_labels
+from weakspot.cli.labeled_images import Labels, find_labels, without_failures
 from weakspot.cli.options import (
     QUICK_IMAGES,
     FractionOption,
@@ -137,29 +137,26 @@ def certify(
         limit = QUICK_IMAGES
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[1:2])
-    size = None if patch is None else _parse_patch(patch)
+    size = None if patch is None else _parse_patch(patch.strip())
     seconds = None if time is None else parse_number("--time", time)
     with open_session(context, network, output, out, FILES) as session:
         labeled = find_labels(labels, session, session.read_images(sources, samples=samples))
         aim = labeled.subset(draw_rows(len(labeled.labels), limit, seed))
         read = aim.images
         session.make_folder()
-        keep = partial(_keep, out, read.paths)
-        certificate: Certificate
         if size is None:
-            certificate = certify_pixels(
+            certificate: Certificate = certify_pixels(
                 session.classifier, read.pixels, aim.labels,
                 region=_find_region(session, AimOptions(region=region, fraction=fraction), read, aim, seed, seconds),
                 colors=colors, seconds=seconds, statement="exact arithmetic" if exact else "float32 as run",
-                progress=session.display.step("certifying", total=len(read.names)), on_checkpoint=keep,
+                progress=session.display.step("certifying", total=len(read.names)),
+                on_checkpoint=partial(_keep, out, read.paths),
             )  # fmt: skip
         else:
-            certificate = certify_patches(
-                session.classifier, read.pixels, aim.labels, patch=size,
-                progress=session.display.step("masking twice", total=len(read.names)), on_checkpoint=keep,
-            )  # fmt: skip
+            aim, certificate = without_failures(session, aim, partial(_certify_patches, session, size))
+            read = aim.images
         session.display.step("writing")
-        certificate = keep(certificate)
+        certificate = _keep(out, read.paths, certificate)
         if isinstance(certificate, PixelCertificate):
             scores, summary = _pixel_scores(session.classifier, read, aim, certificate)
             save_pairs(out / FILES[3], certificate)
@@ -180,7 +177,6 @@ def certify(
 
 def _parse_patch(text: str) -> int | float:
     """Pixels as an integer, or a fraction."""
-    text = text.strip()
     # To `isdigit` alone, superscripts are digits, too, which `int` does not read.
     if text.isascii() and text.isdigit():
         return int(text)
@@ -246,6 +242,14 @@ def _find_region(
     if asked > MANY and seconds is None:
         note(f"{asked:,} pixels an image take long (--region asks about fewer, --time sets a limit)")
     return region
+
+
+def _certify_patches(session: Session, size: int | float, aim: Labels) -> PatchCertificate:
+    step = session.display.step("masking twice", total=len(aim.names))
+    return certify_patches(
+        session.classifier, aim.images.pixels, aim.labels, patch=size, progress=step,
+        on_checkpoint=partial(_keep, session.out, aim.images.paths),
+    )  # fmt: skip
 
 
 def _pixel_scores(
