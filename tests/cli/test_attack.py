@@ -6,6 +6,7 @@ import json
 import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,12 @@ from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run, save
 from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read_images, regions
+from weakspot._checks import NotFiniteError
 from weakspot.attacks import registry
 from weakspot.attacks.registry import ORDER, available_attacks, find_attack
+from weakspot.cli import attack_choice
 from weakspot.cli.app import Failure
-from weakspot.cli.attack_choice import find_budget, read_settings
+from weakspot.cli.attack_choice import Aim, ChosenAttack, find_budget, read_settings
 from weakspot.regions.spec import REGIONS
 
 
@@ -408,3 +411,92 @@ def test_a_value_that_an_attack_cannot_use_does_not_crash(run: Run, photographs:
     ended = run("attack", image, *TINY, "--set", "steps=1", "--set", setting, "--out", "made")
     assert ended.code in {0, 2}
     assert "unexpected" not in ended.err
+
+
+FLAT = """
+import torch
+from torch import nn
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, images):
+        return self.bias + 0 * images.mean((1, 2, 3))[:, None]
+
+
+def build():
+    return Constant().eval()
+"""
+
+
+@pytest.fixture
+def in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images are attacked at once, and kept after each attack."""
+    monkeypatch.setattr(attack_choice, "LEAST", 2)
+    monkeypatch.setattr(attack_choice, "default_batch", lambda _: 0)
+    monkeypatch.setattr("weakspot._progress.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("weakspot._progress.SAVE_AT_MOST", 1.0)
+
+
+def test_parts_give_the_results_of_the_whole(
+    run: Run, photographs: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    options = ("attack", photographs, *TINY, "--region", "cam", "--set", "steps=3", "--seed", 5)
+    assert run(*options, "--out", "whole").code == 0
+    request.getfixturevalue("in_pairs")
+    ended = run(*options, "--out", "parts")
+    assert ended.code == 0, ended.err
+    whole, parts = (pd.read_csv(tmp_path / name / "scores.csv") for name in ("whole", "parts"))
+    pd.testing.assert_frame_equal(whole, parts)
+    one, other = (AttackResult.load(tmp_path / name / "pairs.safetensors") for name in ("whole", "parts"))
+    assert one.names == other.names
+    torch.testing.assert_close(one.adversarial, other.adversarial)
+    about = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "parts")]
+    assert about[0]["attack"] == about[1]["attack"]
+
+
+def test_zero_gradients_are_counted_over_all_parts(
+    run: Run, photographs: Path, tmp_path: Path, in_pairs: None
+) -> None:
+    (tmp_path / "flat_network.py").write_text(FLAT)
+    ended = run("attack", photographs, "--model", "flat_network:build", "--size", "30x30", "--out", "made")
+    assert ended.code == 0, ended.err
+    assert (
+        ended.err.count("is zero everywhere for 4 of 4 images") == ended.err.count("is zero everywhere") == 1
+    )
+
+
+def test_an_interrupt_keeps_the_parts_that_are_done_and_nan_skips_only_its_image(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_pairs: None
+) -> None:
+    attack = ChosenAttack.run
+
+    def failing(chosen: ChosenAttack, classifier: Any, aim: Aim, options: Any) -> AttackResult:
+        if "motorcycle.png" in aim.names:
+            raise KeyboardInterrupt
+        if "coffee.png" in aim.names:
+            raise NotFiniteError("NaN")
+        return attack(chosen, classifier, aim, options)
+
+    monkeypatch.setattr(ChosenAttack, "run", failing)
+    ended = run("attack", photographs, *TINY, "--attack", "fgsm", "--out", "made")
+    assert ended.code == 130
+    assert "coffee.png: Sequential returned NaN or infinity for a changed version; skipped" in ended.err
+    assert "interrupted; written to made so far: clean/ (1 file), adversarial/ (1 file)" in ended.err
+    assert pd.read_csv(tmp_path / "made/scores.csv")["image"].tolist() == ["chelsea.png"]
+    assert len(AttackResult.load(tmp_path / "made/pairs.safetensors")) == 1
+
+
+def test_where_no_image_can_be_changed_the_command_says_so(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch, in_pairs: None
+) -> None:
+    def failing(*_: object) -> AttackResult:
+        raise NotFiniteError("NaN")
+
+    monkeypatch.setattr(ChosenAttack, "run", failing)
+    ended = run("attack", photographs, *TINY, "--out", "made")
+    assert ended.code == 2
+    assert "NaN or infinity for a changed version of each image that was left" in ended.err

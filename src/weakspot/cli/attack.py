@@ -16,7 +16,14 @@ from weakspot.budgets import Budget
 from weakspot.budgets.parse import BUDGETS
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
-from weakspot.cli.attack_choice import Aim, AimOptions, AttackChoice, attack_images, find_aim
+from weakspot.cli.attack_choice import (
+    Aim,
+    AimOptions,
+    AttackChoice,
+    Attacked,
+    attack_images,
+    find_aim,
+)
 from weakspot.cli.options import (
     ATTACK,
     QUICK_IMAGES,
@@ -111,14 +118,14 @@ def attack(
         # Labels first: folders stand for classes in the order of all of them.
         aim = aim.subset(draw_rows(len(aim.names), limit, seed))
         session.make_folder()
-        aim, result, how = attack_images(session, aim, aims, chosen, seed=seed, batch_size=batch)
+
+        def write(done: Attacked) -> pd.DataFrame:
+            about = {"attack": done.how, "labels": source, **session.provenance(seed)}
+            return _write(out, classifier, done.result, done.aim, chosen.budget, about)
+
+        done = attack_images(session, aim, aims, chosen, seed=seed, batch_size=batch, keep=write)
         session.display.step("writing")
-        about = {
-            "attack": how,
-            "labels": source,
-            **session.provenance(seed),
-        }
-        scores = _write(out, classifier, result, aim, chosen.budget, about)
+        scores = write(done)
     session.report(
         lambda: {
             "scores": json_rows(scores),
@@ -131,7 +138,7 @@ def attack(
             out,
             every=every,
             trial=trial_sentence(chosen.settings.get("steps")) if quick else "",
-            target=None if aim.targets is None else classifier.class_name(int(aim.targets[0])),
+            target=None if done.aim.targets is None else classifier.class_name(int(done.aim.targets[0])),
         ),
     )
 

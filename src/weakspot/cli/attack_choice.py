@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
-from weakspot._checks import check_fraction, unknown_choice
+from weakspot._checks import check_fraction, collected_warnings, unknown_choice
+from weakspot._progress import Checkpoints, Progress, part
 from weakspot.attacks import Attack, AttackOptions, find_attack
 from weakspot.budgets import Budget, read_budget
-from weakspot.classifier import Classifier, check_images
+from weakspot.classifier import Classifier, check_images, default_batch
 from weakspot.cli.app import UNREADABLE, Failure, note
-from weakspot.cli.labeled_images import find_labels, without_failures
+from weakspot.cli.labeled_images import NoneLeftError, find_labels, note_together, without_failures
 from weakspot.cli.options import (
     ATTACK,
     QUICK_STEPS,
@@ -39,6 +41,8 @@ from weakspot.regions import read_region
 from weakspot.regions.masks import UnreadableError
 from weakspot.regions.spec import REGIONS
 from weakspot.statistics.number_format import counted, percent
+
+LEAST = 32  # images that are attacked at once, if there are more
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,14 @@ def _note_misclassified(
         more = len(wrong) - MOST_ROWS
         verb = "is" if more == 1 else "are"
         note(f"... and {counted(more, 'more image')} {verb} misclassified without an attack")
+
+
+class Attacked(NamedTuple):
+    """What was attacked, the result, and the attack in one line."""
+
+    aim: Aim
+    result: AttackResult
+    how: str
 
 
 def find_region(
@@ -247,21 +259,46 @@ def attack_images(
     *,
     seed: int,
     batch_size: int | None = None,
-) -> tuple[Aim, AttackResult, str]:
+    keep: Callable[[Attacked], object] | None = None,
+) -> Attacked:
     """Attack images inside the region that the options describe, without those that the attack cannot change.
 
-    Returns:
-        What was attacked, the result, and the attack in one line.
+    Images are attacked in parts, which bounds the memory and changes no result; `keep` gets what is done so far about
+    every 20 seconds.
     """
+    step = session.display.step("attacking", total=len(aim.names), counted=False)
 
-    def attack_all(given: Aim) -> tuple[AttackResult, str]:
+    def attack_part(progress: Progress | None, given: Aim) -> tuple[AttackResult, str]:
         region, where = find_region(options, session.classifier, given, seed)
-        step = session.display.step("attacking", total=len(given.images), counted=False)
-        shared = AttackOptions(chosen.budget, region, given.targets, seed, batch_size, step)
+        shared = AttackOptions(chosen.budget, region, given.targets, seed, batch_size, progress)
         return chosen.run(session.classifier, given, shared), where
 
-    aim, (result, where) = without_failures(session, aim, attack_all)
-    return aim, result, chosen.describe(session.classifier, aim, where)
+    def so_far() -> Attacked:
+        how = chosen.describe(session.classifier, aim, where)
+        return Attacked(aim.subset(rows), AttackResult.concatenate(results), how)
+
+    save, where = Checkpoints(keep), ""
+    results: list[AttackResult] = []
+    rows: list[int] = []
+    remarks: list[str] = []
+    size = max(LEAST, 4 * default_batch(aim.images))  # enough for the attack to choose its batch size
+    for numbers in (group.tolist() for group in torch.arange(len(aim.names)).split(size)):
+        progress = part(step, numbers[0], numbers[-1] + 1, len(aim.names))
+        try:
+            with collected_warnings() as messages:
+                left, (result, where) = without_failures(
+                    session, aim.subset(numbers), partial(attack_part, progress)
+                )
+        except NoneLeftError:
+            if not results and numbers[-1] + 1 == len(aim.names):
+                raise
+            continue
+        remarks += messages
+        results.append(result)
+        rows += [number for number in numbers if aim.names[number] in set(left.names)]
+        save(so_far)
+    note_together(remarks, len(aim.names))
+    return so_far()
 
 
 def quick_steps(attack: Attack) -> int | None:

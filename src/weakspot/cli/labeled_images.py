@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self, TypeVar
@@ -9,17 +11,22 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import NotFiniteError
+from weakspot._checks import ModelWarning, NotFiniteError, warn
 from weakspot.cli.app import Failure, note
 from weakspot.cli.session import Images, Session
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 from weakspot.images import first_copies
 from weakspot.statistics.number_format import counted
 
+_COUNT = re.compile(r"for (\d+) of \d+ images?")
 NONE_LEFT = (
     "{} returned NaN or infinity for a changed version of each image that was left (check its weights and "
     "normalization)"
 )
+
+
+class NoneLeftError(Failure):
+    """The model returns NaN or infinity for a changed version of every image."""
 
 
 class NamedImages(Protocol):
@@ -97,6 +104,21 @@ def distinct_rows(images: Images) -> list[int]:
     return rows
 
 
+def note_together(remarks: Sequence[str], total: int) -> None:
+    """Note what was remarked about groups of images, each remark once, with the counts of images added.
+
+    Args:
+        remarks: one of a group each, such as "... is zero everywhere for 3 of 32 images: ...".
+        total: number of images in all groups.
+    """
+    counts: Counter[str] = Counter()
+    for remark in remarks:
+        found = _COUNT.search(remark)
+        counts[_COUNT.sub("for {}", remark)] += int(found[1]) if found else 0
+    for text, count in counts.items():
+        warn(text.replace("for {}", f"for {count} of {counted(total)}"), ModelWarning)
+
+
 def skip_changed(session: Session, name: str) -> None:
     """Note an image that cannot be changed."""
     session.skip(f"{name}: {session.classifier.name} returned NaN or infinity for a changed version; skipped")
@@ -125,6 +147,6 @@ def without_failures(session: Session, given: Given, run: Callable[[Given], Made
             else:
                 left.append(row)
         if not left:
-            raise Failure(NONE_LEFT.format(session.classifier.name)) from None
+            raise NoneLeftError(NONE_LEFT.format(session.classifier.name)) from None
         chosen = given.subset(left)
         return chosen, run(chosen)

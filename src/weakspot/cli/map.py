@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,8 @@ from weakspot._io.files import write_atomic
 from weakspot._progress import Checkpoints, Progress, part
 from weakspot.budgets import L2, read_budget
 from weakspot.classifier import Classifier, evaluating, predict
-from weakspot.cli.app import Failure, command, note
-from weakspot.cli.labeled_images import NONE_LEFT, Labels, find_labels, skip_changed
+from weakspot.cli.app import Failure, command
+from weakspot.cli.labeled_images import NONE_LEFT, Labels, find_labels, note_together, skip_changed
 from weakspot.cli.options import (
     QUICK_IMAGES,
     BudgetOption,
@@ -168,19 +167,8 @@ def _search(
         save(lambda: rows)
     if not rows:
         raise Failure(NONE_LEFT.format(session.classifier.name))
-    _note(remarks, sum(row["label"] == row["classified_as"] for row in rows))
+    note_together(remarks, sum(row["label"] == row["classified_as"] for row in rows))
     return write(rows)
-
-
-def _note(remarks: Sequence[str], correct: int) -> None:
-    """Note what was remarked about the images, each remark once, with the number of images that it is about.
-
-    Args:
-        remarks: each about one image.
-        correct: images in which weak spots were searched.
-    """
-    for remark, count in Counter(remarks).items():
-        note(remark.replace("1 of 1 image", f"{count} of {counted(correct)}"))
 
 
 def _row(classifier: Classifier, name: str, square: SmallestSquare, spots: WeakSpots) -> dict[str, object]:
