@@ -39,6 +39,7 @@ from weakspot.explanations.analysis import QUICK, find_analyses, usual_analyses
 from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
 from weakspot.images import open_pictures
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.statistics.number_format import counted
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
 GIVEN = "pairs as given"
@@ -209,7 +210,7 @@ def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
         raise Failure("--samples has no effect with --pair (leave out one of the two)")
     if pair and len(sources) != 2 and not saved:
         raise Failure(
-            f"--pair needs two images, CLEAN ADVERSARIAL, or one pairs.safetensors, got {len(sources)} paths"
+            f"--pair needs two images, CLEAN ADVERSARIAL, or one pairs.safetensors, got {counted(len(sources), 'path')}"
         )
     if saved and not pair:
         raise Failure(f"{sources[0]} is not an image (add --pair to explain saved pairs)")
