@@ -24,10 +24,8 @@ Progress = Callable[[float], None]  # called with the fraction done, 0 to 1
 ProgressOption = bool | Progress | None  # True shows a bar; False and None show nothing
 FIRST_LINE, LINE_EVERY = 5.0, 30.0  # seconds until the first line, and between lines
 NOTEBOOK_EVERY = 1.0
-SAVE_EVERY, SAVE_AT_MOST = (
-    20.0,
-    0.1,
-)  # seconds between checkpoints, and the fraction of the time that they may take
+SAVE_EVERY = 20.0  # seconds between checkpoints
+SAVE_AT_MOST = 0.1  # of the time may be spent on them
 MEASURABLE = 1.0  # seconds of work from which a rate is stated
 WINDOW = 60.0  # seconds that a rate is measured over
 RESUMED = 0.5  # a first report within so many seconds of the start is what an earlier run had done

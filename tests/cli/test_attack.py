@@ -458,14 +458,36 @@ def test_parts_give_the_results_of_the_whole(
     assert about[0]["attack"] == about[1]["attack"]
 
 
+@pytest.mark.parametrize("attack", ["pgd", "ensemble"])  # each attack of an ensemble finds the gradients zero
 def test_zero_gradients_are_counted_over_all_parts(
-    run: Run, photographs: Path, tmp_path: Path, in_pairs: None
+    run: Run, photographs: Path, tmp_path: Path, in_pairs: None, attack: str
 ) -> None:
     (tmp_path / "flat_network.py").write_text(FLAT)
-    ended = run("attack", photographs, "--model", "flat_network:build", "--size", "30x30", "--out", "made")
+    model = ("--model", "flat_network:build", "--size", "30x30")
+    ended = run("attack", photographs, *model, "--attack", attack, "--out", "made")
     assert ended.code == 0, ended.err
     assert (
         ended.err.count("is zero everywhere for 4 of 4 images") == ended.err.count("is zero everywhere") == 1
+    )
+
+
+def test_zero_gradients_of_images_that_are_skipped_are_not_counted(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flat_network.py").write_text(FLAT)
+    attack = ChosenAttack.run
+
+    def failing(chosen: ChosenAttack, classifier: Any, aim: Aim, options: Any) -> AttackResult:
+        result = attack(chosen, classifier, aim, options)
+        if "coffee.png" in aim.names:
+            raise NotFiniteError("NaN")
+        return result
+
+    monkeypatch.setattr(ChosenAttack, "run", failing)
+    ended = run("attack", photographs, "--model", "flat_network:build", "--size", "30x30", "--out", "made")
+    assert ended.code == 0, ended.err
+    assert (
+        ended.err.count("is zero everywhere for 3 of 3 images") == ended.err.count("is zero everywhere") == 1
     )
 
 

@@ -277,10 +277,11 @@ def attack_images(
         how = chosen.describe(session.classifier, aim, where)
         return Attacked(aim.subset(rows), AttackResult.concatenate(results), how)
 
-    save, where = Checkpoints(keep), ""
+    save = Checkpoints(keep)
+    where = ""
     results: list[AttackResult] = []
     rows: list[int] = []
-    remarks: list[str] = []
+    remarks: list[list[str]] = []
     size = max(LEAST, 4 * default_batch(aim.images))  # enough for the attack to choose its batch size
     for numbers in (group.tolist() for group in torch.arange(len(aim.names)).split(size)):
         progress = part(step, numbers[0], numbers[-1] + 1, len(aim.names))
@@ -293,11 +294,12 @@ def attack_images(
             if not results and numbers[-1] + 1 == len(aim.names):
                 raise
             continue
-        remarks += messages
+        remarks.append(messages)
         results.append(result)
-        rows += [number for number in numbers if aim.names[number] in set(left.names)]
+        kept = set(left.names)
+        rows += [number for number in numbers if aim.names[number] in kept]
         save(so_far)
-    note_together(remarks, len(aim.names))
+    note_together(remarks, len(rows))
     return so_far()
 
 

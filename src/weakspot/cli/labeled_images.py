@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import ModelWarning, NotFiniteError, warn
+from weakspot._checks import ModelWarning, NotFiniteError, collected_warnings, warn
 from weakspot.cli.app import Failure, note
 from weakspot.cli.session import Images, Session
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
@@ -104,17 +104,21 @@ def distinct_rows(images: Images) -> list[int]:
     return rows
 
 
-def note_together(remarks: Sequence[str], total: int) -> None:
+def note_together(groups: Sequence[Sequence[str]], total: int) -> None:
     """Note what was remarked about groups of images, each remark once, with the counts of images added.
 
     Args:
-        remarks: one of a group each, such as "... is zero everywhere for 3 of 32 images: ...".
+        groups: the remarks about each, such as "... is zero everywhere for 3 of 32 images: ...". Of several that differ
+            in their counts only, such as those of an attack in stages, the one about most images counts.
         total: number of images in all groups.
     """
     counts: Counter[str] = Counter()
-    for remark in remarks:
-        found = _COUNT.search(remark)
-        counts[_COUNT.sub("for {}", remark)] += int(found[1]) if found else 0
+    for remarks in groups:
+        most: dict[str, int] = {}
+        for remark in remarks:
+            found, text = _COUNT.search(remark), _COUNT.sub("for {}", remark)
+            most[text] = max(most.get(text, 0), int(found[1]) if found else 0)
+        counts.update(most)
     for text, count in counts.items():
         warn(text.replace("for {}", f"for {count} of {counted(total)}"), ModelWarning)
 
@@ -136,12 +140,14 @@ def without_failures(session: Session, given: Given, run: Callable[[Given], Made
         run: must not depend on which images run together.
     """
     try:
-        return given, run(given)
+        with collected_warnings() as remarks:
+            made = run(given)
     except NotFiniteError:
         left = []
         for row, name in enumerate(given.names):
             try:
-                run(given.subset([row]))
+                with collected_warnings():  # said by the run of all that are left
+                    run(given.subset([row]))
             except NotFiniteError:
                 skip_changed(session, name)
             else:
@@ -150,3 +156,6 @@ def without_failures(session: Session, given: Given, run: Callable[[Given], Made
             raise NoneLeftError(NONE_LEFT.format(session.classifier.name)) from None
         chosen = given.subset(left)
         return chosen, run(chosen)
+    for remark in remarks:
+        warn(remark, ModelWarning)
+    return given, made

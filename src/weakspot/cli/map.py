@@ -142,7 +142,7 @@ def _search(
     out, names, total = session.out, labeled.names, len(labeled.names)
     rows: list[dict[str, object]] = []
     found: list[AttackResult] = []
-    remarks: list[str] = []
+    remarks: list[list[str]] = []
 
     def write(rows: list[dict[str, object]]) -> pd.DataFrame:
         scores = _table(rows)
@@ -160,7 +160,7 @@ def _search(
         except NotFiniteError:
             skip_changed(session, names[number])
             continue
-        remarks += dict.fromkeys(messages)  # an image has each once
+        remarks.append(messages)
         rows.append(_row(session.classifier, names[number], square, spots))
         found.append(square.pairs)
         _draw(out / FILES[0] / picture, rows[-1], square, spots)
