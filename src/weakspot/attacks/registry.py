@@ -10,17 +10,20 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import entry_points, unknown_choice
+from weakspot._checks import ROUNDING, entry_points, unknown_choice
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.eight_bit import is_inside
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
 from weakspot.attacks.losses import Minimized, Norm
 from weakspot.pairs import AttackResult
+
+V = TypeVar("V")
 
 GROUP = "weakspot.attacks"
 # Lists show these first, in this order. All other attacks follow, sorted by name.
@@ -141,12 +144,18 @@ class Attack:
             omitted = value is None and (entry.name == "budget" or self.open_ended)
             if entry.name in self.accepts and not omitted:
                 taken[entry.name] = value
-        result = self.function(model, images, labels, **taken, **settings)
         if not self.plug_in:
-            return result
+            return self.function(model, images, labels, **taken, **settings)
+        # Copies: what a plug-in writes into its arguments changes neither the user's tensors nor what it is held to.
+        copies = {name: _copied(value) for name, value in taken.items()}
+        result = self.function(model, _copied(images), _copied(labels), **copies, **settings)
         # An attack that was given no budget is not held to one.
         asked = options if "budget" in taken else replace(options, budget=None)
         return _verified(self.name, result, model, images, labels, asked)
+
+
+def _copied(value: V) -> V:
+    return cast("V", value.detach().clone()) if isinstance(value, Tensor) else value
 
 
 def _is_ours(function: Callable[..., AttackResult]) -> bool:
@@ -175,8 +184,7 @@ def _verified(
         options: that it was given.
 
     Raises:
-        ValueError: if it is no AttackResult of these images, or changes pixels outside the region, or more than the
-            budget.
+        ValueError: if it is no AttackResult of these images, or leaves [0, 1], the region or the budget.
     """
     if not isinstance(returned, AttackResult):
         kind = type(returned).__name__
@@ -186,6 +194,10 @@ def _verified(
         if adversarial.shape != problem.clean.shape:
             shapes = tuple(adversarial.shape), tuple(problem.clean.shape)
             raise ValueError(f"attack {name} must return images of shape {shapes[1]}, got {shapes[0]}")
+        low, high = float(adversarial.min()), float(adversarial.max())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(f"attack {name} must return images in [0, 1], got {low:.3g} to {high:.3g}")
+        adversarial = adversarial.clamp(0, 1)
         change = adversarial - problem.clean
         outside = ((change != 0).any(1, keepdim=True) & ~problem.region).flatten(1).sum(1)
         if bool(outside.any()):
