@@ -31,13 +31,13 @@ from benchmarks import peers, real
 from benchmarks.records import recorded
 from weakspot import load, sample_images
 from weakspot.attacks import minimal_pgd
+from weakspot.attacks.best_so_far import BestSoFar
 from weakspot.attacks.confined import cropped
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import cell_numbers, estimate_places, linearize
 from weakspot.attacks.losses import margin
 from weakspot.attacks.minimum_norm import NORMS, walk
 from weakspot.attacks.smallest_change import SmallestChange, Starts
-from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.regions import background, cam
 
 STEPS = 300

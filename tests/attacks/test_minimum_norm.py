@@ -25,9 +25,10 @@ from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, re
 from tests.covering import sampled
 from tests.networks import FlatNetwork, doubled, untouched
 from weakspot.attacks import carlini_wagner, ead, fmn, minimal_pgd, pgd, strattack
+from weakspot.attacks.best_so_far import BestSoFar
 from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import STEPS
-from weakspot.attacks.tradeoff import BestSoFar, squared
+from weakspot.attacks.tradeoff import squared
 from weakspot.budgets import Linf
 from weakspot.pairs import AttackResult
 

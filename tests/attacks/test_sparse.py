@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.attacks.test_few_pixels import Leaning, convolutional, random_images
 from tests.attacks.test_gradient import margins_of, predicted, region_of
 from tests.networks import untouched
+from weakspot._checks import ModelWarning
 from weakspot.attacks import carlini_wagner, ead, strattack
 from weakspot.attacks.tradeoff import group_lengths
 
@@ -226,3 +228,24 @@ def test_structured_refuses_fewer_steps_than_its_two_searches_need() -> None:
     model, images = convolutional((3, 8, 8))
     with pytest.raises(ValueError, match=r"^steps must be an integer of at least 10, got 9"):
         strattack(model, images, predicted(model, images), steps=9)
+
+
+@pytest.mark.parametrize("attack", [carlini_wagner, ead, strattack])
+def test_zero_gradients_are_said(attack: Any) -> None:
+    """Nothing is found in a network that rounds its input, which says nothing about the network."""
+
+    class Rounded(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            mean = (images > 0.5).float().mean((1, 2, 3))
+            return 10 * torch.stack([mean, 1 - mean], 1)
+
+    model, images = Rounded().eval(), random_images(3, 3, 6, 6)
+    with pytest.warns(
+        ModelWarning, match="the gradient of Rounded is zero everywhere for 3 of 3 images"
+    ) as said:
+        attack(model, images, model(images).argmax(1), steps=10)
+    assert len(said) == 1
+    sloped, images = convolutional((3, 6, 6), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModelWarning)
+        attack(sloped, images, predicted(sloped, images), steps=10)

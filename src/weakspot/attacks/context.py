@@ -41,8 +41,8 @@ class AttackOptions:
 
     All attacks also take a `model`, any classifier of images in [0, 1], which they leave as it was; `images`
     (N, C, H, W) in [0, 1]; and `labels` (N,), the classes to leave. They return an `AttackResult`, raise ValueError if
-    an argument does not fit, and warn with ModelWarning of train mode, of probabilities instead of logits and of zero
-    gradients, and with ImageWarning of values outside [0, 1].
+    an argument does not fit, and warn with ModelWarning of train mode, of probabilities instead of logits and, if they
+    descend along gradients, of zero gradients, and with ImageWarning of values outside [0, 1].
 
     Attributes:
         budget: how much may change. An attack that looks for the smallest change takes none.

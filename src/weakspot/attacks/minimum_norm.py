@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_count
 from weakspot._progress import Progress, ProgressOption
+from weakspot.attacks.best_so_far import BestSoFar
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import minimizes
-from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.pairs import AttackResult
 
 # By how much the ball grows or shrinks per step, at first and at last (arXiv 2102.12827, section 3).

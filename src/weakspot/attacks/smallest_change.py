@@ -12,12 +12,12 @@ from weakspot._checks import check_choice, check_count
 from weakspot._progress import Progress, ProgressOption
 from weakspot._progress import part as part_of
 from weakspot._random import float32_noise
+from weakspot.attacks.best_so_far import BestSoFar
 from weakspot.attacks.confined import cropped
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import estimate_places, linearize
 from weakspot.attacks.losses import margin, minimizes
 from weakspot.attacks.minimum_norm import NORMS, annealed, spread, walk
-from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.classifier import default_batch
 from weakspot.pairs import AttackResult
 

@@ -12,78 +12,14 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_count, is_number
 from weakspot._progress import Progress, ProgressOption, part
-from weakspot.attacks.context import AttackOptions, Problem, attack_context
-from weakspot.attacks.gray_levels import settle
+from weakspot.attacks.best_so_far import SEARCHES, BestSoFar
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import minimizes
 from weakspot.edits import cells
 from weakspot.pairs import AttackResult
 
-SEARCHES = 5  # weights tried for each image
-FIRST_WEIGHT = 1.0
 REFINING = 0.25  # fraction of the steps of StrAttack that refine within the groups found
-Size = Callable[[Tensor], Tensor]  # perturbations (N, C, H, W) to sizes (N,)
 Shrink = Callable[[Tensor, float], Tensor]  # a perturbation and a step length to a sparser perturbation
-InnerSearch = Callable[["BestSoFar", Tensor, Progress | None], None]
-"""One descent with fixed weights (N,), which records every point that it visits."""
-
-
-class BestSoFar:
-    """Each image's smallest point so far that fools by `confidence`, or else the one nearest to fooling.
-
-    Attributes:
-        confidence: the margin by which images should fool, in logits.
-        images: (N, C, H, W).
-        lowest: (N,) the lowest margin seen.
-        size: (N,) of the points that fool; infinite where none does.
-    """
-
-    def __init__(self, problem: Problem, size: Size, confidence: float) -> None:
-        self.problem, self.measure, self.confidence = problem, size, confidence
-        self.images = problem.clean.clone()
-        self.lowest = problem.evaluate(problem.clean)
-        self.fooled = self.lowest < -confidence
-        self.size = torch.where(self.fooled, 0, torch.inf).to(self.lowest)
-
-    def record(self, points: Tensor, margins: Tensor, rows: Tensor | None = None) -> None:
-        """Update the best points with these points (n, C, H, W) and their margins (n,), of all images or of `rows`."""
-        rows = torch.arange(len(points), device=points.device) if rows is None else rows
-        size, smallest = self.measure(points - self.problem.clean[rows]), self.size[rows]
-        fools = margins < -self.confidence
-        better = torch.where(fools, size < smallest, smallest.isinf() & (margins < self.lowest[rows]))
-        self.images[rows[better]] = points[better]
-        self.lowest[rows] = torch.minimum(margins, self.lowest[rows])
-        self.size[rows[better & fools]] = size[better & fools]
-        self.fooled[rows[fools]] = True
-
-    def active_weights(self, margins: Tensor, weights: Tensor) -> Tensor:
-        """(N, 1, 1, 1) weights, zero where max(margin + confidence, 0) is zero and has no gradient."""
-        return torch.where(margins + self.confidence > 0, weights, 0)[:, None, None, None]
-
-    def on_8bit_grid(self) -> Tensor:
-        """The images (N, C, H, W), moved to the smallest point on the 8-bit grid that still fools, if there is one.
-
-        It must fool by `confidence` if the image does so now.
-        """
-        needed = torch.where(self.size.isinf(), 0, -self.confidence).to(self.lowest)
-        return settle(self.problem, self.images, self.measure, fools=self.lowest < 0, needed=needed)
-
-    def search(self, descend: InnerSearch, progress: Progress | None) -> None:
-        """Bisect each image's weight on a logarithmic scale.
-
-        Multiply by ten until an inner search fools (as in arXiv 1608.04644), and divide by ten until one does not: with
-        a weight that is far too large, the change that fools is far too large.
-        """
-        low, high = torch.zeros_like(self.lowest), torch.full_like(self.lowest, torch.inf)
-        weights = torch.full_like(self.lowest, FIRST_WEIGHT)
-        for number in range(SEARCHES):
-            # Whether this weight fools, whatever earlier ones did.
-            self.fooled = torch.zeros_like(self.fooled)
-            descend(self, weights, part(progress, number, number + 1, SEARCHES))
-            # A weight that fools is an upper end of the bracket, one that does not a lower end.
-            high = torch.where(self.fooled, weights, high)
-            low = torch.where(self.fooled, low, weights)
-            bracketed = torch.where(low == 0, weights / 10, (low * high).sqrt())
-            weights = torch.where(high.isinf(), 10 * weights, bracketed)
 
 
 @minimizes("l2")
@@ -138,6 +74,8 @@ def adam_descent(
         bent = torch.tanh(variable)
         point = torch.where(problem.region, (bent + 1) / 2, problem.clean)
         margins, _, falling = problem.loss_and_gradient(point)
+        if step == 1:
+            best.warn_of_zero_gradients(margins, falling)
         best.record(point, margins)
         active = best.active_weights(margins, weights)
         # The chain rule through (tanh(w) + 1) / 2; `falling` is minus the margin's gradient.
@@ -290,6 +228,8 @@ def proximal_descent(
     perturbation, ahead = torch.zeros_like(problem.clean), torch.zeros_like(problem.clean)
     for step in range(steps):
         margins, _, falling = problem.loss_and_gradient(problem.apply(ahead))
+        if step == 0:
+            best.warn_of_zero_gradients(margins, falling)
         active = best.active_weights(margins, weights)
         rate = learning_rate * (1 - step / steps) ** 0.5
         # `falling` is minus the margin's gradient.
@@ -308,9 +248,8 @@ def proximal_descent(
 def group_lengths(perturbation: Tensor, groups: Tensor) -> Tensor:
     """(N, G) L2 length of the perturbation (N, C, H, W) in every group (N, 1, H, W) of its image."""
     squares = perturbation.square().sum(1).flatten(1)
-    count = int(groups.max()) + 1
-    sums = squares.new_zeros(len(squares), count).scatter_add_(1, groups.flatten(1), squares)
-    return sums.sqrt()
+    sums = squares.new_zeros(len(squares), int(groups.max()) + 1)
+    return sums.scatter_add_(1, groups.flatten(1), squares).sqrt()
 
 
 def _groups(group: int | Tensor, images: Tensor) -> Tensor:
