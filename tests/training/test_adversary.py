@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.networks import LinearNetwork, untouched
-from tests.training.tiny import fresh, halves, quick_train
+from tests.training.tiny import fresh, halves, quick_train, weights
 from weakspot import L2, Linf, attacks
 from weakspot.training import RECIPES
 from weakspot.training.adversary import perturbed, scattered, uniform_noise
@@ -117,3 +117,29 @@ def test_scattered_masks_have_the_area_of_the_region_and_belong_to_the_place_in_
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
     some = torch.tensor([1, 4])
     assert torch.equal(scattered(region[some], some, 6, 0), masks[some])
+
+
+class Stepped(nn.Module):
+    """Passes no gradient to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head((images > 0.5).float().mean((1, 2, 3))[:, None])
+        return logits
+
+
+@pytest.mark.parametrize("recipe", ["full", "fast", "trades"])
+def test_a_network_without_input_gradients_is_refused_in_one_sentence(recipe: str) -> None:
+    with pytest.raises(
+        ValueError, match="model must pass gradients to its input to be trained on attacked images"
+    ):
+        quick_train(Stepped(), halves(), recipe=recipe)
+
+
+def test_a_network_without_input_gradients_can_be_trained_without_attacks() -> None:
+    start = Stepped()
+    trained = quick_train(start, halves(), recipe="noise")
+    assert not torch.equal(weights(trained), weights(start))

@@ -92,6 +92,7 @@ def test_values_that_do_not_fit_are_named(changes: dict[str, Any], message: str)
         ({"out": 3}, "out must be the path of a folder, got 3"),
         ({"about": {"settings": 1}}, "about must not have the names .*, got 'settings'"),
         ({"about": {"path": Path()}}, "about must hold values that JSON has"),
+        ({"about": {"note": float("nan")}}, "about must hold values that JSON has"),
         (
             {"attacked_fraction": 0.01, "batch_size": 16},
             r"attacked_fraction must be 0 or more than 0.03125, got 0.01 \(which attacks no image of a batch of 16",

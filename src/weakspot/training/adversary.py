@@ -93,7 +93,12 @@ def _sign_descent(
 def _gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     with torch.enable_grad():
         tracked = point.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(tracked), tracked)
+        (gradient,) = torch.autograd.grad(loss(tracked), tracked, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "model must pass gradients to its input to be trained on attacked images, got none (the recipes standard "
+            "and noise need none)"
+        )
     return gradient
 
 

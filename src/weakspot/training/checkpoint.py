@@ -117,9 +117,9 @@ def make_record(
     if taken:
         raise ValueError(f"about must not have the names {', '.join(sorted(RESERVED))}, got {taken[0]!r}")
     try:
-        json.dumps(about)
+        json.dumps(about, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"about must hold values that JSON has, got {about!r} ({error})") from None
+        raise ValueError(f"about must hold values that JSON has: {error}") from None
     return {
         "settings": config.as_record(),
         "data": {"name": data.name, "images": len(data), "fingerprint": data_fingerprint(data)},
