@@ -802,3 +802,13 @@ def test_weights_of_inference_mode_are_named() -> None:
     with pytest.raises(ValueError, match=r"must be made outside of torch\.inference_mode\(\)"):
         attacks.pgd(network, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), steps=1)
     attacks.pgd(copy.deepcopy(network), torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), steps=1)
+
+
+def test_a_network_that_returns_another_number_of_rows_is_told_so() -> None:
+    class Pooled(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((0, 2, 3))[None]
+
+    images = torch.rand(3, 3, 6, 6)
+    with pytest.raises(ValueError, match="Pooled must return one row per image, got 1 for 3"):
+        attacks.pgd(Pooled().eval(), images, torch.zeros(3, dtype=torch.long))

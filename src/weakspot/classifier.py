@@ -163,6 +163,10 @@ class Classifier(nn.Module):
                 f"{' x '.join(map(str, self.input_size))}, got {height} x {width} ({first_line(error)})"
             ) from error
         logits = logits_of(output)
+        if len(logits) != len(images):
+            raise ValueError(
+                f"{self.name} must return one row per image, got {len(logits)} for {len(images)}"
+            )
         return logits if logits.dtype in {torch.float32, torch.float64} else logits.float()
 
     def filled(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -554,3 +554,15 @@ def test_images_of_an_explanation_are_reached_by_name_and_by_number(pooling: Mad
     # Names of the pairs are those of the explanation, and a part of it can be explained again.
     again = explain(model, explanation.pairs[1:], analyses=[])
     assert again.scores["image"].tolist() == ["coffee", "coffee"]
+
+
+def test_classes_made_under_inference_mode_can_be_explained(pooling: Made) -> None:
+    model, images = pooling
+    with torch.inference_mode():
+        labels = model(images).argmax(1)
+    pairs = pgd(model, images, labels.clone(), budget=Linf(0.1), steps=3)
+    expected = explain(model, pairs)
+    for made in (Pairs.of(model, images, pairs.adversarial, labels), replace(pairs, labels=labels)):
+        pd.testing.assert_frame_equal(
+            explain(model, made).scores[["margin_clean"]], expected.scores[["margin_clean"]]
+        )

@@ -214,8 +214,9 @@ def prepare_pairs(classifier: Classifier, pairs: P) -> P:
         pairs,
         clean=pairs.clean.detach().float(),
         adversarial=pairs.adversarial.detach().float(),
-        labels=pairs.labels.long(),
-        targets=pairs.targets.long(),
+        # Copies: gradients cannot be taken with classes that were made under inference mode.
+        labels=pairs.labels.to(torch.long, copy=True),
+        targets=pairs.targets.to(torch.long, copy=True),
     )
 
 
