@@ -140,9 +140,8 @@ class Classifier(nn.Module):
                 f"images must have {counted(channels, 'channel')}, as mean and std, got {images.shape[1]}"
             )
         try:
-            shifted = (
-                images.to(self.mean) - self.mean
-            )  # a copy, so that in-place layers do not change the images
+            # A copy, so that in-place layers do not change the images.
+            shifted = images.to(self.mean) - self.mean
             with contain_exits(self.name):
                 output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
@@ -163,7 +162,8 @@ class Classifier(nn.Module):
                 f"{' x '.join(map(str, self.input_size))}, got {height} x {width} ({first_line(error)})"
             ) from error
         logits = logits_of(output)
-        if len(logits) != len(images):
+        # Where the network is traced for export, the comparison would fix the number of images.
+        if not torch.compiler.is_compiling() and len(logits) != len(images):
             raise ValueError(
                 f"{self.name} must return one row per image, got {len(logits)} for {len(images)}"
             )
