@@ -531,3 +531,40 @@ def test_files_without_names_are_read(tmp_path: Path, about: dict[str, str] | No
 def test_names_for_another_number_of_images_are_ignored(tmp_path: Path) -> None:
     save_file(parts(3), tmp_path / "pairs.safetensors", {"weakspot": '{"names": ["a"]}'})
     assert Pairs.load(tmp_path / "pairs.safetensors").names == ()
+
+
+WRONG_FIELDS: dict[str, Any] = {
+    "success": torch.tensor([0, 1, 1]),
+    "n_forward": torch.tensor([4, 4]),
+    "n_backward": [1, 2, 3],
+    "success_8bit": torch.tensor([[True, False, True]]),
+    "seed": torch.tensor([0.5, 1, 1]),
+    "ssim_budget_spent": torch.tensor(0.01),
+    "ssim_local_budget_spent": torch.tensor([1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_an_attack_result_has_an_entry_of_the_right_kind_for_each_pair(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be an? \w+ tensor of shape \(3,\), one entry per pair, got"
+    ):
+        dataclasses.replace(results(), **{name: WRONG_FIELDS[name]})
+
+
+def test_no_pairs_have_no_distances_and_no_numbers() -> None:
+    fields: dict[str, Any] = {name: tensor[:0] for name, tensor in fields_of(results()).items()}
+    none = AttackResult(**fields)
+    assert none.distances.columns.tolist() == results().distances.columns.tolist()
+    assert none.distances.dtypes.tolist() == results().distances.dtypes.tolist()
+    assert none.table.columns.tolist() == results().table.columns.tolist()
+    assert (len(none.distances), len(none.table)) == (0, 0)
+    with pytest.raises(
+        IndexError, match=r"^index must be the number of a pair, got 0 \(there are no pairs\)$"
+    ):
+        none[0]
+
+
+def test_a_folder_is_not_loaded_and_does_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be a file that Pairs.save wrote, got a folder$"):
+        Pairs.load(tmp_path)

@@ -6,6 +6,7 @@ import io
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,13 @@ def test_the_thread_ends_with_the_block_and_after_an_error(monkeypatch: pytest.M
 
 
 IMAGES, LABELS = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("progress", ["yes", 1, 0.5], ids=repr)
+def test_progress_that_is_neither_a_switch_nor_a_function_is_refused(progress: Any) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval()
+    with pytest.raises(ValueError, match=r"^progress must be True, False, None or a function .*, got"):
+        attacks.pgd(model, torch.rand(1, 3, 16, 16), torch.tensor([0]), progress=progress)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,3 +49,7 @@ def test_random_numbers_do_not_depend_on_the_default_type(draw: Callable[[], Ten
         torch.set_default_dtype(torch.float32)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+def test_integers_of_numpy_are_the_same_seeds() -> None:
+    assert mixed_seed(np.int64(3), np.uint8(1)) == mixed_seed(3, 1)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ Every error is one sentence: "ARGUMENT must be EXPECTED, got VALUE (remedy)".
 
 import contextlib
 import difflib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -13,10 +12,9 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,19 +205,6 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(unknown_choice(name, value, names))
 
 
-def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
-    """The installed entry points of a group, like `importlib.metadata.entry_points`, whose scan takes milliseconds.
-
-    The installed packages are scanned once per search path.
-    """
-    return [entry for entry in _entry_points(group, tuple(sys.path)) if name in {None, entry.name}]
-
-
-@lru_cache(maxsize=64)
-def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - a key of the cache
-    return tuple(importlib.metadata.entry_points(group=group))
-
-
 def require(purpose: str, *modules: str, extra: str) -> None:
     """Check that optional packages are installed, without importing them.
 
@@ -238,13 +223,20 @@ def require(purpose: str, *modules: str, extra: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is an int or a float, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether the value is an int or a float, of Python or NumPy, and not a bool."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def with_plain_numbers(settings: object) -> None:
+    """Replace the NumPy numbers in a frozen data class by Python's, which JSON and fingerprints need."""
+    for name, value in vars(settings).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(settings, name, value.item())
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> None:
     """Raises ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
@@ -285,7 +277,7 @@ def check_classes(
     is_numeric = isinstance(classes, Tensor) and classes.dtype != torch.bool
     if not (is_numeric and classes.shape == (count,)) or classes.is_floating_point() or classes.is_complex():
         raise ValueError(
-            f"{name} must be an integer tensor of shape ({count},), one class per image, got {_described(classes)}"
+            f"{name} must be an integer tensor of shape ({count},), one class per image, got {described(classes)}"
         )
     wrong = classes < 0 if class_count is None else (classes < 0) | (classes >= class_count)
     if bool(wrong.any()):
@@ -293,7 +285,7 @@ def check_classes(
         raise ValueError(f"{name} must be classes {expected}, got {int(classes[wrong][0])}")
 
 
-def _described(value: object) -> str:
+def described(value: object) -> str:
     """Shape and dtype of a tensor, the type of anything else."""
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -314,13 +306,13 @@ def check_region(region: Tensor, images: Tensor) -> None:
     shapes = {(count, 1, height, width), (1, 1, height, width)}
     if not isinstance(region, Tensor) or region.dtype != torch.bool or tuple(region.shape) not in shapes:
         raise ValueError(
-            f"region must be a bool tensor of shape ({count}, 1, {height}, {width}), got {_described(region)}"
+            f"region must be a bool tensor of shape ({count}, 1, {height}, {width}), got {described(region)}"
         )
 
 
 def check_seed(seed: int) -> None:
     """Raises ValueError unless `seed` is an integer that fits 64 bits."""
-    if not isinstance(seed, int) or abs(seed) >= 2**63:
+    if not isinstance(seed, int | np.integer) or abs(int(seed)) >= 2**63:
         raise ValueError(f"seed must be an integer between -2**63 and 2**63, got {seed!r}")
 
 
@@ -344,7 +336,13 @@ def check_finite(logits: Tensor, name: str) -> None:
         )
 
 
-def check_batch_size(batch_size: int | None) -> None:
-    """Raises ValueError unless `batch_size` is None or an integer of at least 1."""
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """The batch size as Python's int, which `Tensor.split` needs.
+
+    Raises:
+        ValueError: unless `batch_size` is None or an integer of at least 1.
+    """
+    if batch_size is None:
+        return None
+    check_count("batch_size", batch_size)
+    return int(batch_size)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ def shown(
         counted: whether one unit is finished after the other, so that a count of them is true. An attack that takes
             steps on all images at once has none finished at half its steps.
     """
+    if not isinstance(progress, bool | NoneType) and not callable(progress):
+        raise ValueError(
+            f"progress must be True, False, None or a function of the fraction done, got {progress!r}"
+        )
     if progress is True:
         with open_display() as display:
             yield display.step(name, total=total, unit=unit, counted=counted)

@@ -26,7 +26,7 @@ def mixed_seed(*parts: int) -> int:
     >>> mixed_seed(0, 1) != mixed_seed(1, 0)
     True
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(tuple(map(int, parts))).encode(), digest_size=8).digest()
     # 63 bits, so that the seed fits a signed integer.
     return int.from_bytes(digest) >> 1
 

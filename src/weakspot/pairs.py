@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch, check_classes, check_range, unknown_choice
+from weakspot._checks import check_batch, check_classes, check_range, described
 from weakspot._io.files import write_atomic
+from weakspot._rows import Rows, row_numbers
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
 from weakspot.statistics.number_format import counted
@@ -25,7 +24,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "pairs 1"
-Rows = int | str | slice | Tensor | Sequence[int] | Sequence[bool] | Sequence[str]
+PER_PAIR = {
+    "success": "a bool",
+    "n_forward": "an integer",
+    "n_backward": "an integer",
+    "success_8bit": "a bool",
+    "seed": "an integer",
+    "ssim_budget_spent": "a float",
+    "ssim_local_budget_spent": "a float",
+}
+"""What each field of an `AttackResult` is a tensor of."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,31 +88,12 @@ class Pairs:
             IndexError: if there is no pair of this number, or a mask has another length.
             ValueError: if there is no pair, or more than one, of this name.
         """
-        chosen = self._numbers(rows)
+        chosen = row_numbers(rows, self.names, len(self))
         check_batch(self.clean[chosen.to(self.clean.device)], name="clean")
         parts = {name: tensor[chosen.to(tensor.device)] for name, tensor in self._tensors().items()}
         return type(self)(
             **parts, names=tuple(self.names[row] for row in chosen.tolist()) if self.names else ()
         )
-
-    def _numbers(self, rows: Rows) -> Tensor:
-        """The numbers (n,) of the pairs that an index stands for."""
-        every = torch.arange(len(self))
-        if isinstance(rows, Tensor):
-            rows = rows.tolist()
-        if isinstance(rows, slice):
-            return torch.tensor([*range(len(self))[rows]], dtype=torch.long)  # torch has no negative steps
-        if isinstance(rows, int | str | np.integer) and not isinstance(rows, bool):
-            return every[row_number(rows, self.names, len(self))][None]
-        if not isinstance(rows, Sequence):
-            raise IndexError(
-                f"pairs must be indexed by numbers, a slice, a mask or names, got {type(rows).__name__}"
-            )
-        if rows and all(isinstance(row, bool) for row in rows):
-            if len(rows) != len(self):
-                raise IndexError(f"a mask of {len(self)} pairs must have as many entries, got {len(rows)}")
-            return every[torch.tensor(rows)]
-        return every[[row_number(row, self.names, len(self)) for row in rows]]
 
     def named(self, names: Sequence[str]) -> Self:
         """The same pairs with a name for each image."""
@@ -133,7 +122,7 @@ class Pairs:
         import pandas as pd
 
         rows = self.perturbation.detach().float().flatten(1)
-        similarity = ssim_map(self.clean, self.adversarial).flatten(1)
+        similarity = ssim_map(self.clean, self.adversarial).flatten(1) if len(self) else rows
         measured = {
             "linf": rows.abs().amax(1),
             "l2": rows.norm(dim=1),
@@ -210,6 +199,8 @@ class Pairs:
             ValueError: if the file is not a safetensors file or holds no pairs.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} must be a file that Pairs.save wrote, got a folder")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         try:
@@ -248,6 +239,9 @@ class AttackResult(Pairs):
             budgets.
         ssim_local_budget_spent: (N,) largest d1^2 or d2^2 of any patch, which `SSIM(eps, mode="local")` bounds; None
             for other budgets.
+
+    Raises:
+        ValueError: if shapes do not fit each other, or a field holds another kind of number.
     """
 
     success: Tensor
@@ -257,6 +251,13 @@ class AttackResult(Pairs):
     seed: Tensor | None = None
     ssim_budget_spent: Tensor | None = None
     ssim_local_budget_spent: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in PER_PAIR.items():
+            value = getattr(self, name)
+            if value is not None or name in {"success", "n_forward", "n_backward"}:
+                _check_per_pair(name, value, len(self), kind)
 
     @classmethod
     def concatenate(cls, results: Sequence[Self]) -> Self:
@@ -305,34 +306,6 @@ class AttackResult(Pairs):
         return pd.concat([before, self.distances, after], axis=1)
 
 
-def row_number(index: int | str, names: Sequence[str], count: int) -> int:
-    """The number of the pair that a number, which may be negative, or a name stands for.
-
-    Args:
-        index: a number or a name.
-        names: of the pairs; may be empty.
-        count: how many pairs there are.
-
-    Raises:
-        IndexError: if there is no pair of this number.
-        ValueError: if there is no pair, or more than one, of this name.
-    """
-    if isinstance(index, str):
-        rows = [row for row, name in enumerate(names) if name == index]
-        if len(rows) > 1:
-            raise ValueError(f"name must be that of one pair, got {index!r} of pairs {rows} (give a number)")
-        if not rows:
-            remedy = "" if names else "give the pairs names with pairs.named(names)"
-            raise ValueError(unknown_choice("name", index, names, remedy=remedy))
-        return rows[0]
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
-        raise IndexError(f"index must be the number or the name of a pair, got {index!r}")
-    number = operator.index(index)
-    if not -count <= number < count:
-        raise IndexError(f"index must be from {-count} to {count - 1}, got {number}")
-    return number % count
-
-
 def _stored_names(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
     """The names in the metadata of a file; none in a file of another tool."""
     try:
@@ -347,3 +320,14 @@ def _check_same_shape(clean: Tensor, adversarial: Tensor) -> None:
         raise ValueError(
             f"adversarial must have the shape of clean, {tuple(clean.shape)}, got {tuple(adversarial.shape)}"
         )
+
+
+def _check_per_pair(name: str, value: object, count: int, kind: str) -> None:
+    """Raises ValueError unless `value` is a tensor (count,) of this kind of number."""
+    if isinstance(value, Tensor):
+        own = "a float" if value.is_floating_point() else "an integer"
+        if value.shape == (count,) and kind == ("a bool" if value.dtype == torch.bool else own):
+            return
+    raise ValueError(
+        f"{name} must be {kind} tensor of shape ({count},), one entry per pair, got {described(value)}"
+    )

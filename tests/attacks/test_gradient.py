@@ -614,6 +614,19 @@ def test_a_seed_that_is_no_64_bit_number_is_refused(pooling: Made, seed: Any) ->
         pgd(model, images, torch.tensor([0, 1, 2]), seed=seed)
 
 
+def test_numbers_of_numpy_mean_the_same_as_those_of_python(pooling: Made) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+
+    def attacked(whole: Callable[[int], Any], real: Callable[[float], Any]) -> Tensor:
+        return pgd(
+            model, images, labels, budget=Linf(real(0.125)), steps=whole(3), restarts=whole(2), momentum=real(0.5),
+            seed=whole(5), batch_size=whole(2),
+        ).adversarial  # fmt: skip
+
+    assert torch.equal(attacked(np.int64, np.float32), attacked(int, float))
+
+
 @pytest.mark.parametrize("seed", [-7, 2**63 - 1], ids=str)
 def test_seeds_reach_over_64_bits(pooling: Made, seed: int) -> None:
     model, images = pooling

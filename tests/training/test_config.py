@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.training.tiny import QUICK, fresh, halves, quick_train
@@ -110,3 +111,15 @@ def test_values_that_do_not_fit_the_data_are_named(changes: dict[str, Any], mess
 
 def test_every_recipe_has_a_summary() -> None:
     assert all(recipe.summary for recipe in RECIPES.values())
+
+
+def test_numbers_of_numpy_are_recorded_as_those_of_python() -> None:
+    config = TrainConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), budget=Linf(np.float32(0.25)))  # type: ignore[arg-type]
+    assert repr(config) == "TrainConfig(budget=Linf(eps=0.25), epochs=3, learning_rate=0.5)"
+    assert config == TrainConfig(epochs=3, learning_rate=0.5, budget=Linf(0.25))
+
+
+@pytest.mark.parametrize("value", [np.True_, np.array(3), np.float64(3)], ids=repr)
+def test_other_values_of_numpy_are_no_counts(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^epochs must be an integer of at least 1, got"):
+        TrainConfig(epochs=value)

@@ -60,6 +60,7 @@ def test_the_same_data_in_any_form_gives_equal_weights() -> None:
         "Subset": Subset(longer, range(60)),
         "DataLoader": DataLoader(lazy, batch_size=7),
         "shuffling DataLoader": DataLoader(lazy, batch_size=7, shuffle=True),
+        "DataLoader that drops the last batch": DataLoader(lazy, batch_size=7, drop_last=True),
         "DataLoader of tensors": DataLoader(TensorDataset(images, labels), shuffle=True),
     }
     options: dict[str, Any] = {"recipe": "localized", "steps": 1, "held_out": 6, "workers": 0}

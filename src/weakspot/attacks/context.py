@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from weakspot import _random
 from weakspot._checks import (
     ModelWarning,
-    check_batch_size,
     check_budget,
     check_classes,
     check_region,
     check_seed,
+    checked_batch_size,
     warn,
 )
 from weakspot._progress import Progress, ProgressOption, shown
@@ -330,14 +330,14 @@ def attack_context(
         if region is None:
             region = torch.ones(1, 1, *clean.shape[2:], dtype=torch.bool)
         check_region(region, clean)
-        check_batch_size(options.batch_size)
+        batch_size = checked_batch_size(options.batch_size)
         yield Problem(
             classifier,
             clean,
             labels,
             targets,
             region=region.to(device, copy=True).expand(count, -1, -1, -1),
-            batch_size=options.batch_size or measured_batch(classifier, clean),
+            batch_size=batch_size or measured_batch(classifier, clean),
             seed=options.seed,
             keys=_random.keys(clean, options.seed),
             rows=torch.arange(count, device=device),

@@ -224,7 +224,8 @@ def few_pixel(
     Args:
         count: pixels that may change; 1 is the one-pixel attack.
         population: candidates of each image.
-        generations: at most; "guided" spends at most population x generations / 12 forward passes.
+        generations: at most. For each pixel, "guided" spends at most the larger of 100 and
+            population x generations / 12 / count forward passes.
         method: "evolution" or "guided", in which nothing is random.
 
     >>> import torch

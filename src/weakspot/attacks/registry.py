@@ -15,7 +15,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ROUNDING, entry_points, unknown_choice
+from weakspot._checks import ROUNDING, unknown_choice
+from weakspot._plug_ins import entry_points
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.eight_bit import is_inside
 from weakspot.attacks.libraries import LIBRARIES

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weakspot._checks import is_number
+from weakspot._checks import is_number, with_plain_numbers
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Linf:
     eps: float
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         if not is_number(self.eps) or not 0 <= self.eps <= 1:
             hint = f" (did you mean {self.eps:g}/255?)" if is_number(self.eps) and 1 < self.eps <= 255 else ""
             raise ValueError(f"eps must be between 0 and 1, got {self.eps!r}{hint}")
@@ -41,6 +42,7 @@ class L2:
     eps: float
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         _check_length(self.eps)
 
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
@@ -91,6 +93,7 @@ class L1:
     eps: float
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         _check_length(self.eps)
 
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:

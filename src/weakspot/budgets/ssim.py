@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from weakspot._checks import check_choice, check_count, is_number
+from weakspot._checks import check_choice, check_count, is_number, with_plain_numbers
 from weakspot.budgets.base import PreparedBudget
 from weakspot.budgets.patches import C1, TINY, Patches, by_patch
 
@@ -46,6 +46,7 @@ class SSIM:
     level: float = field(default=0.1, kw_only=True)
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         if not is_number(self.eps) or not 0 <= self.eps < 1:
             raise ValueError(f"eps must be at least 0 and below 1, the loss of SSIM, got {self.eps!r}")
         check_count("patch", self.patch, least=2)

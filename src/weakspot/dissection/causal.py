@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_batch_size, check_seed, is_number
+from weakspot._checks import check_seed, checked_batch_size, is_number
 from weakspot.attribution.hooks import Place, default_layers, replacing, spatial_layers
 from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
@@ -67,7 +67,7 @@ def unit_restoration(
 
     check_pairs(pairs, model)
     check_seed(seed)
-    check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     if (
         not isinstance(fractions, Sequence)
         or not len(fractions)

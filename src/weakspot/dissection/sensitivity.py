@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_batch_size, check_count, check_seed
+from weakspot._checks import check_count, check_seed, checked_batch_size
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
@@ -126,7 +126,7 @@ def unit_sensitivity(
 
     check_count("noises", noises)
     check_seed(seed)
-    check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     if not isinstance(layer, str):
         raise ValueError(f"layer must be the name of one layer, got {layer!r}")
     batches = [pairs] if isinstance(pairs, Pairs) else pairs

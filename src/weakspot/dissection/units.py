@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch_size, check_choice, check_count, is_number
+from weakspot._checks import check_choice, check_count, checked_batch_size, is_number
 from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
@@ -170,7 +170,7 @@ def dissect_layers(
     """
     options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)), limit)
     options.check()
-    check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
         raise ValueError(f"layers must be a list of layer names, got {layers!r}")
     concepts = ConceptSet.open(dataset, limit=limit)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
-from weakspot._checks import check_batch_size, check_range
+from weakspot._checks import check_range, checked_batch_size
 from weakspot._progress import Progress
 from weakspot._state import DispatchMode
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
@@ -44,7 +44,7 @@ class Edits:
         batch_size: int | None = None,
         windows: bool | None = None,
     ) -> None:
-        check_batch_size(batch_size)
+        batch_size = checked_batch_size(batch_size)
         self.classifier, self.images, self.windows = classifier, images, windows
         self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
         # Windows are small: more of them go at once than whole images, but not so many that they leave the cache.

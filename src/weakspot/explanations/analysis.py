@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, entry_points, unknown_choice
+from weakspot._checks import check_classes, unknown_choice
 from weakspot._memory import remembered
+from weakspot._plug_ins import entry_points
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import runner_up
 from weakspot.pairs import Pairs

@@ -16,6 +16,7 @@ from weakspot._checks import ModelWarning, warn_once
 from weakspot._io.files import write_atomic
 from weakspot._memory import remembering
 from weakspot._progress import ProgressOption, shown
+from weakspot._rows import row_number
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
@@ -35,7 +36,7 @@ from weakspot.explanations.analysis import (
 )
 from weakspot.images import first_copies
 from weakspot.logits import margin
-from weakspot.pairs import AttackResult, Pairs, row_number
+from weakspot.pairs import AttackResult, Pairs
 from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch_size
+from weakspot._checks import checked_batch_size
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
@@ -170,7 +170,7 @@ def propagation(
     (['1'], torch.Size([2, 14, 14]))
     """
     check_pairs(pairs, model)
-    check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     with evaluating(model) as classifier:
         pairs = prepare_pairs(classifier, pairs)
         (result,) = propagations(classifier, pairs.clean, [pairs.adversarial], layers, batch_size)

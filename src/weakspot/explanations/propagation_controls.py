@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_batch_size, check_seed
+from weakspot._checks import check_seed, checked_batch_size
 from weakspot._progress import Progress
 from weakspot.attribution.hooks import default_layers, fused_for, spatial_layers
 from weakspot.classifier import evaluating
@@ -104,7 +104,7 @@ def propagation_study(
         ValueError: if an argument is invalid, or there are no pairs; the message names it.
     """
     check_seed(seed)
-    check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     batches = [pairs] if isinstance(pairs, Pairs) else pairs
     report = progress if isinstance(pairs, Pairs) else None
     numbers: dict[str, _LayerNumbers] | None = None

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, contain_exits, entry_points, first_line, quiet, unknown_choice
+from weakspot._checks import ModelWarning, contain_exits, first_line, quiet, unknown_choice
 from weakspot._network_config import image_channels
+from weakspot._plug_ins import entry_points
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported

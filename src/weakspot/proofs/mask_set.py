@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def patch_side(patch: Patch, image: tuple[int, int]) -> int:
     """
     most = min(image)
     # True is an integer in Python, but no side of a patch.
-    whole = isinstance(patch, int) and not isinstance(patch, bool)
+    whole = isinstance(patch, int | np.integer) and not isinstance(patch, bool)
     if not is_number(patch) or not (patch >= 1 if whole else 0 < patch < 1):
         raise ValueError(
             f"patch must be a side in pixels such as 32, or a fraction of the image such as 0.02, got {patch!r}"

@@ -6,7 +6,14 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from weakspot._checks import check_budget, check_choice, check_count, check_seed, is_number
+from weakspot._checks import (
+    check_budget,
+    check_choice,
+    check_count,
+    check_seed,
+    is_number,
+    with_plain_numbers,
+)
 from weakspot.budgets import Budget, Linf
 
 AUGMENTS = ("none", "crop", "crop,flip")
@@ -115,6 +122,7 @@ class TrainConfig:
     save_every: float = 60.0
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         find_recipe(self.recipe)
         check_seed(self.seed)
         if self.budget is not None:

@@ -58,7 +58,8 @@ def train(
               so that large data sets need not fit into memory. An item must be the same each time it is read: use
               `config.augment` instead of random transforms.
             - a `DataLoader` of such a data set. It stands for its data set: the batch size, the order and the
-              augmentation are those of `config`, whatever the loader does. A loader that leaves items out is refused.
+              augmentation are those of `config`, whatever the loader does; `drop_last` has no effect. A loader whose
+              sampler leaves items out is refused.
             - the path of a data set (see `datasets.read_labeled`).
         config: recipe, budget and every number.
         out: folder for model.safetensors, training.json and, until the training is finished, checkpoint.pt.

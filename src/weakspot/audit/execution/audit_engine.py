@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from weakspot._checks import check_count, entry_points, unknown_choice
+from weakspot._checks import check_count, unknown_choice
+from weakspot._plug_ins import entry_points
 from weakspot.audit.execution.attacked_groups import Progress, attack_groups
 from weakspot.audit.execution.batches import AuditModel
 from weakspot.audit.execution.job import Backlog, Job
