@@ -83,6 +83,20 @@ def test_a_planted_square_is_named_and_a_small_budget_finds_none(
     )
 
 
+def test_cells_are_searched_as_far_as_an_l2_budget_reaches(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    # At the fainter threshold, a change of the patch must have a length of about 0.2 x 14.
+    (tmp_path / "far_square.py").write_text(PLANTED.replace("0.6", "0.77"))
+    for name in NAMES[2:]:
+        (photographs / name).unlink()
+    model = ("--model", "far_square:patch", "--size", "64x64", "--effort", "verified", "--grid", 8, "--json")
+    for budget, found in (("l2:0.5", 0), ("l2:9", 1)):
+        rows = json.loads(run("map", photographs, *model, "--budget", budget).out)["scores"]
+        assert [row["cells_found"] for row in rows] == [found, found]
+        assert all(row["weakest_cell_found"] is None or row["weakest_cell_found"] > 1 for row in rows)
+
+
 def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "planted_square.py").write_text(PLANTED)
     model = ("--model", "planted_square:patch", "--size", "64x64")

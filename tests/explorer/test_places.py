@@ -200,9 +200,12 @@ def test_a_network_that_nothing_changes_has_no_weak_cell() -> None:
     desk = Desk(bench)
     try:
         last = Events(desk, "weak_spots", {"image": 0, "grid": 2, "verify": True}).last()
+        far = Events(desk, "weak_spots", {"image": 0, "grid": 2, "verify": True, "budget": "l2:3"}).last()
     finally:
         desk.close()
     assert "No change was found in 4 cells; this does not mean that none exists." in str(last["sentence"])
+    none = "No change up to 3 in L2 was found in 4 cells; this does not mean that none exists."
+    assert none in str(far["sentence"])
 
 
 def test_layers_need_an_attack_and_show_a_random_edit_beside_it(desk: Desk) -> None:

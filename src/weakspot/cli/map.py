@@ -13,7 +13,7 @@ from torch import Tensor
 from weakspot._checks import NotFiniteError, check_choice, collected_warnings
 from weakspot._io.files import write_atomic
 from weakspot._progress import Checkpoints, Progress, part
-from weakspot.budgets import L2, read_budget
+from weakspot.budgets import read_budget
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.cli.app import Failure, command
 from weakspot.cli.labeled_images import NONE_LEFT, Labels, find_labels, note_together, skip_changed
@@ -38,7 +38,7 @@ from weakspot.pairs import AttackResult
 from weakspot.report.robustness_figures import SpotView, spot_figure
 from weakspot.statistics.number_format import counted
 from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
-from weakspot.vulnerability.spot_map import EFFORTS
+from weakspot.vulnerability.spot_map import EFFORTS, norm_and_reach
 from weakspot.vulnerability.square import enough, needless, unfound
 
 if TYPE_CHECKING:
@@ -105,9 +105,10 @@ def map(  # noqa: A001 - the name of the command
             square = smallest_square(
                 classifier, image, label, budget=spent, seed=seed, progress=part(progress, 0, share)
             )
+            norm, max_size = norm_and_reach(spent)
             spots = weak_spots(
-                classifier, image, label, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
-                effort=effort, seed=seed, progress=part(progress, share, 1),
+                classifier, image, label, grid=grid, norm=norm, max_size=max_size, effort=effort, seed=seed,
+                progress=part(progress, share, 1),
             )  # fmt: skip
             return square, spots
 

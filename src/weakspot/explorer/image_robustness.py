@@ -9,7 +9,7 @@ import numpy as np
 
 from weakspot._checks import collected_warnings
 from weakspot.attacks.observers import observed
-from weakspot.budgets import L2, read_budget
+from weakspot.budgets import read_budget
 from weakspot.classifier import evaluating
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, Send, finite, floats, with_cautions
@@ -21,6 +21,7 @@ from weakspot.proofs.sentences import pixel_sentence
 from weakspot.report.map_views import cell_edges
 from weakspot.statistics.number_format import counted, size_of_change
 from weakspot.vulnerability import WeakSpots, weak_spots
+from weakspot.vulnerability.spot_map import norm_and_reach
 
 MOST_CELLS = 32  # a side
 COLORS = ("full", "8/255")
@@ -39,13 +40,13 @@ def search_spots(bench: Bench, request: Request, send: Send, pause: Callable[[],
     """
     exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
     grid = request.whole("grid", 1, MOST_CELLS, 7)
-    norm = "l2" if isinstance(read_budget(request.text("budget", "linf:4/255")), L2) else "linf"
+    norm, max_size = norm_and_reach(read_budget(request.text("budget", "linf:4/255")))
     verify = request.flag("verify")
 
     def search(effort: str, progress: Callable[[float], None] | None = None) -> WeakSpots:
         return weak_spots(
-            bench.classifier, exhibit.pixels, exhibit.label_tensor, grid=grid, norm=norm, effort=effort,
-            progress=progress,
+            bench.classifier, exhibit.pixels, exhibit.label_tensor, grid=grid, norm=norm, max_size=max_size,
+            effort=effort, progress=progress,
         )  # fmt: skip
 
     with collected_warnings() as cautions:
@@ -84,7 +85,8 @@ def spots_sentence(bench: Bench, exhibit: Exhibit, spots: WeakSpots) -> str:
     sizes = spots.size[0]
     found, cells = sizes.isfinite(), sizes.numel()
     missing = cells - int(found.sum())
-    none = f"No change was found in {counted(missing, 'cell')}; this does not mean that none exists."
+    most = f" up to {size_of_change(spots.max_size, spots.norm)}" if spots.norm == "l2" else ""
+    none = f"No change{most} was found in {counted(missing, 'cell')}; this does not mean that none exists."
     if not bool(found.any()):
         return none
     weakest = int(sizes.where(found, math.inf).argmin())
