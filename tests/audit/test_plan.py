@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.audit.fixtures import networks, pictures, small_plan
@@ -19,6 +20,8 @@ def test_a_resolved_plan_survives_json(pictures: Path) -> None:
     plan = small_plan(pictures, labels="folders", limit=3, seed=7, analyses=()).resolved()
     assert Plan.from_mapping(json.loads(json.dumps(plan.as_mapping()))) == plan
     assert plan.resolved() == plan
+    of_numpy = small_plan(pictures, labels="folders", limit=np.int64(3), seed=np.uint8(7), analyses=())
+    assert json.dumps(of_numpy.resolved().as_mapping()) == json.dumps(plan.as_mapping())
 
 
 def test_the_cross_product_has_no_repetitions(pictures: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_concept_set_is_dissected_and_all_files_are_written(run: Run, tmp_path
 
 def test_a_quantile_of_zero_is_not_replaced_by_the_default(run: Run, tmp_path: Path) -> None:
     ended = run("dissect", planted(tmp_path / "set"), *TINY[:-1], "0", "--out", "units")
-    assert (ended.code, "quantile must be a fraction of all sites between 0 and 1" in ended.err) == (2, True)
+    assert (ended.code, "quantile must be a fraction between 0 and 1" in ended.err) == (2, True)
 
 
 def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> None:

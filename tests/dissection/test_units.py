@@ -229,6 +229,10 @@ def test_the_cache_depends_on_network_data_set_and_options(
     passes = counted(model, monkeypatch)
     assert dissect(model, "look", dataset, quantile=0.07, cache=cache).equals(first)
     assert passes == []
+    of_numpy: Any = {"quantile": np.float64(0.07), "min_iou": np.float32(0.04)}
+    same = dissect(model, "look", dataset, **of_numpy, cache=cache)
+    assert same.equals(first)
+    assert passes == []
     stricter = dissect(model, "look", dataset, quantile=0.07, min_iou=1.0, cache=cache)
     assert stricter["concept"].isna().tolist()[2:] == [True, True]
     assert passes == []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +56,16 @@ class CornerReader(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         score = images[:, 0, 0, 0] - 0.5
         return torch.stack([-score, score], 1)
+
+
+def test_numbers_of_numpy_are_written_as_those_of_python(tmp_path: Path) -> None:
+    images, labels = torch.full((1, 1, CORNER, CORNER), 0.25), torch.tensor([0])
+
+    def written(whole: Callable[[int], Any]) -> str:
+        certificate = certify_patches(CornerReader().eval(), images, labels, patch=whole(2), masks=whole(3))
+        return certificate.to_json(tmp_path / "certificate.json").read_text()
+
+    assert written(np.int64) == written(int)
 
 
 def test_every_patch_is_covered_whatever_the_sizes() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_choice, check_count, checked_batch_size, is_number
+from weakspot._checks import check_choice, check_count, checked_batch_size, is_number, with_plain_numbers
 from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 ALIGNMENTS = ("receptive_field", "effective", "resize")
 TOP = 8  # images stored per unit
 RUNNERS_UP = ("second", "third")
-Visit = Callable[
-    [str, Tensor, list[Annotation]], None
-]  # layer, its maps (n, U, h, w), the images' annotations
+# Takes a layer, its maps (n, U, h, w) and the images' annotations.
+Visit = Callable[[str, Tensor, list[Annotation]], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class DissectionOptions:
         min_iou: least intersection over union of a detector.
         dataset: the folder of the data set.
         limit: at most so many of its images; None for all.
+
+    Raises:
+        ValueError: if an option is not valid.
     """
 
     quantile: float = 0.005
@@ -61,11 +63,11 @@ class DissectionOptions:
     dataset: str = ""
     limit: int | None = None
 
-    def check(self) -> None:
-        """Raises ValueError unless every option is valid."""
+    def __post_init__(self) -> None:
+        with_plain_numbers(self)
         if not is_number(self.quantile) or not 0 < self.quantile < 1:
             raise ValueError(
-                f"quantile must be a fraction of all sites between 0 and 1, such as 0.005, got {self.quantile!r}"
+                f"quantile must be a fraction between 0 and 1, such as 0.005, got {self.quantile!r}"
             )
         if not is_number(self.min_iou) or not 0 <= self.min_iou <= 1:
             raise ValueError(f"min_iou must be between 0 and 1, such as 0.04, got {self.min_iou!r}")
@@ -169,7 +171,6 @@ def dissect_layers(
     `limit` takes at most so many images, evenly spaced in index.csv.
     """
     options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)), limit)
-    options.check()
     batch_size = checked_batch_size(batch_size)
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
         raise ValueError(f"layers must be a list of layer names, got {layers!r}")
@@ -177,7 +178,7 @@ def dissect_layers(
     for file, rows in (("index.csv", len(concepts)), ("label.csv", len(concepts.concepts))):
         if not rows:
             raise ValueError(f"{Path(dataset) / file} must have at least one row, got none that can be used")
-    decisive = {"quantile": quantile, "denominator": denominator, "alignment": alignment, "limit": limit}
+    decisive = {name: getattr(options, name) for name in ("quantile", "denominator", "alignment", "limit")}
     with (
         evaluating(model) as classifier,
         shown(progress, "dissecting", total=len(concepts), counted=False) as report,

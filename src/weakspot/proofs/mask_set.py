@@ -50,8 +50,8 @@ class MaskSet:
         """
         side = patch_side(patch, image)
         check_count("masks", masks, least=2)
-        height, tops = _cover(image[0], side, masks)
-        width, lefts = _cover(image[1], side, masks)
+        height, tops = _cover(image[0], side, int(masks))
+        width, lefts = _cover(image[1], side, int(masks))
         return cls(image, side, (height, width), tops, lefts)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import cast
 
-from weakspot._checks import check_count, check_fraction, check_seed
+from weakspot._checks import check_count, check_fraction, check_seed, with_plain_numbers
 from weakspot._io.urls import is_url
 from weakspot.audit.plan.attack_plan import (
     NORMS,
@@ -78,6 +78,9 @@ class Plan:
     shard: int | None = None
     group: int | None = None
     stated_budgets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        with_plain_numbers(self)
 
     def __repr__(self) -> str:
         regions = [text for text, spec in self.specs.items() if not spec.is_control]
