@@ -147,12 +147,15 @@ def first_copies(*batches: Tensor) -> NDArray[np.int_]:
     [0, 1, 0, 1]
     """
     first: dict[bytes, int] = {}
+    contents = (content for batch in batches for content in digests(batch))
+    return np.array([first.setdefault(one, number) for number, one in enumerate(contents)], dtype=np.int_)
+
+
+def digests(images: Tensor) -> list[bytes]:
+    """A digest of the content of each image (n, ...)."""
     # As bytes, because NumPy does not know all types of torch.
-    rows = (row for batch in batches for row in batch.detach().cpu().contiguous().view(torch.uint8).numpy())
-    numbers = [
-        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number) for number, row in enumerate(rows)
-    ]
-    return np.array(numbers, dtype=np.int_)
+    rows = images.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes()).digest() for row in rows]
 
 
 def are_samples(names: Sequence[Path]) -> bool:

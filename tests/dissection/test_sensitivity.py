@@ -152,7 +152,8 @@ def test_noise_of_one_pixel_is_one_pixel_that_fits() -> None:
 
 
 def test_units_that_do_not_vary_have_no_median_sensitivity() -> None:
-    clean = noise(1, 1).mul(0.2).add(0.4).repeat(3, 1, 1, 1)  # one image three times
+    image = noise(1, 1).mul(0.2).add(0.4)
+    clean = torch.cat([image, image.flip(2), image.flip(3)])  # three images of equal means
     adversarial = clean.clone()
     adversarial[:, 2] += 0.1
     table = unit_sensitivity(planted(), "look", pairs_of(clean, adversarial))
@@ -206,6 +207,11 @@ def test_invalid_input_is_an_error() -> None:
         unit_sensitivity(model, "look", pairs_of(clean, clean), noises=0)
     with pytest.raises(ValueError, match="at least two pairs, got none"):
         unit_sensitivity(model, "look", [])
+    again = [pairs_of(clean, clean), pairs_of(clean[1:2], clean[:1])]
+    with pytest.raises(
+        ValueError, match=r"pairs must be of different images, got one image in pairs 1 and 3 "
+    ):
+        unit_sensitivity(model, "look", again)
 
 
 @pytest.mark.data

@@ -20,6 +20,7 @@ from weakspot._checks import check_count, check_seed, checked_batch_size
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
+from weakspot.images import digests
 from weakspot.pairs import Pairs
 from weakspot.statistics import false_discovery
 from weakspot.statistics.number_format import counted
@@ -215,10 +216,17 @@ def _unit_means(
     """
     means: list[Tensor] = []
     retained: list[Tensor] = []
+    seen: dict[bytes, int] = {}  # the first pair of each image, by the image's content
     with evaluating(model) as classifier:
         for batch in batches:
             check_pairs(batch, model)
             pairs = prepare_pairs(classifier, batch)
+            for number, content in enumerate(digests(pairs.clean), len(seen)):
+                if seen.setdefault(content, number) != number:
+                    raise ValueError(
+                        f"pairs must be of different images, got one image in pairs {seen[content]} and {number} "
+                        "(p takes images as independent)"
+                    )
             sample = pairs.clean[:1]
             places = spatial_layers(classifier, sample, [layer])
             size = classifier.fixed_batch or batch_size or default_batch(sample)
