@@ -7,6 +7,7 @@ A counter is hashed with a key of the image's content and a seed (splitmix64: St
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,11 @@ GOLDEN, FIRST, SECOND = (
 def float32_noise(generator: torch.Generator, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 whatever torch's default type is: other types would give other numbers."""
     return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def numpy_generator(seed: int) -> np.random.Generator:
+    """A generator of NumPy from any seed that `check_seed` takes; NumPy alone refuses negative ones."""
+    return np.random.default_rng(int(seed) % 2**64)
 
 
 def mixed_seed(*parts: int) -> int:

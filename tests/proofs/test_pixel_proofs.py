@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.pretend_gpu import GPU, PretendGPU
 from tests.proofs.architectures import ARCHITECTURES
 from tests.proofs.test_enumeration import brute_force, weakened
 from weakspot import PixelCertificate, certify_pixels, explain
-from weakspot.proofs import check_certificate
+from weakspot.proofs import AllowedColors, check_certificate
 from weakspot.proofs.certificate import AS_RUN, EXACT
 from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
@@ -390,3 +391,11 @@ def test_an_image_whose_changed_versions_give_nan_is_unknown_and_the_others_are_
         result.reasons[int(result.reason[1, 0, 0])]
         == "the network returned NaN or infinity for a changed image"
     )
+
+
+@pytest.mark.parametrize("radius", [-0.5, 0, 1.5, float("nan"), "8/255"], ids=repr)
+def test_allowed_colors_without_a_color_are_refused(radius: Any) -> None:
+    with pytest.raises(ValueError, match=r"^colors must have a radius above 0 and at most 1, got"):
+        AllowedColors(radius=radius)
+    with pytest.raises(ValueError, match=r"^colors must have a radius of at least 1/255"):
+        AllowedColors(radius=0.001, eight_bit=True)

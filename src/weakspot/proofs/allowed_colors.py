@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weakspot._checks import is_number
+from weakspot._checks import is_number, with_plain_numbers
 from weakspot.budgets.parse import read_amount
 
 TOP = 255  # the highest of the 256 levels
@@ -21,10 +21,25 @@ class AllowedColors:
     Attributes:
         radius: the largest change of a channel; 1 for every color.
         eight_bit: whether only the colors k/255 are meant.
+
+    Raises:
+        ValueError: if the radius is not above 0 and at most 1, or reaches no other 8-bit color.
     """
 
     radius: float = 1.0
     eight_bit: bool = False
+
+    def __post_init__(self) -> None:
+        with_plain_numbers(self)
+        if not is_number(self.radius) or not 0 < self.radius <= 1:
+            hint = ""
+            if is_number(self.radius) and 1 < self.radius <= TOP:
+                hint = f" (did you mean {self.radius:g}/255?)"
+            raise ValueError(f"colors must have a radius above 0 and at most 1, got {self.radius!r}{hint}")
+        if self.eight_bit and self.radius < 1 / TOP - NEAR / TOP:
+            raise ValueError(
+                f"colors must have a radius of at least 1/255 to reach other 8-bit colors, got {self.radius!r}"
+            )
 
     def __str__(self) -> str:
         near = "" if self.radius >= 1 else f" within {TOP * self.radius:.4g}/255 of the pixel's own"
@@ -77,15 +92,7 @@ def parse_colors(colors: str | float | AllowedColors) -> AllowedColors:
     if not colon and kind in {"full", "8bit"}:
         return AllowedColors(eight_bit=eight_bit)
     # Any other text with a colon is read whole, which is no number and refused.
-    radius = _radius(amount if eight_bit and colon else colors)
-    if not 0 < radius <= 1:
-        hint = f" (did you mean {radius:g}/255?)" if 1 < radius <= TOP else ""
-        raise ValueError(f"colors must have a radius above 0 and at most 1, got {colors!r}{hint}")
-    if eight_bit and radius < 1 / TOP - NEAR / TOP:
-        raise ValueError(
-            f"colors must have a radius of at least 1/255 to reach other 8-bit colors, got {colors!r}"
-        )
-    return AllowedColors(radius, eight_bit)
+    return AllowedColors(_radius(amount if eight_bit and colon else colors), eight_bit)
 
 
 def _radius(value: object) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_count, check_seed
 from weakspot._progress import Progress, ProgressOption, shown
+from weakspot._random import numpy_generator
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import prepare
 from weakspot.proofs.affine_steps import NotSupportedError
@@ -31,6 +32,7 @@ from weakspot.proofs.certificate import (
 from weakspot.proofs.certificate_file import CertificateFile
 from weakspot.proofs.color_splits import box_bounds
 from weakspot.proofs.cover_check import box_problems, cover_problems, pixel_name, proves, record_problems
+from weakspot.proofs.determinism import check_deterministic
 from weakspot.proofs.enumeration import NetworkRuns, enumerate_colors, levels_between
 from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import BoundNetwork, bound_network
@@ -105,8 +107,8 @@ def check_certificate(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no certificate, or one of another network or other images, or if this process
-            rounds more than float32 does.
+        ValueError: if the file is no certificate, or one of another network or other images, if this process rounds
+            more than float32 does, or if the network does not give an image the same logits each time.
     """
     check_count("sample", sample)
     seed = secrets.randbelow(2**32) if seed is None else seed
@@ -119,6 +121,7 @@ def check_certificate(
     ):
         images = check_images(images, classifier)
         check_network(classifier, file)
+        check_deterministic(classifier, images[:1])
         notes = tuple(_differences(file))
         statement = file.text("statement")
         trouble = None if statement == EXACT else float32_troubles(classifier)
@@ -169,7 +172,7 @@ class _PixelCheck:
     ) -> None:
         self.classifier, self.certificate = classifier, certificate
         self.report = report or (lambda _: None)
-        self.sample, self.random = sample, np.random.default_rng(seed)
+        self.sample, self.random = sample, numpy_generator(seed)
         self.prepared = prepare(classifier, certificate.images[:1].to(classifier.mean.device))
         self.boxes_run = self.counterexamples_run = 0
         self.network: BoundNetwork | None = None

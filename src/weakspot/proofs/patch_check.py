@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from weakspot._random import numpy_generator
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import logit_scale
 from weakspot.proofs.mask_set import NONE, MaskedImage, MaskSet, count_votes, fill_color, margins_of
@@ -28,7 +28,7 @@ class PatchCheck:
 
     def __init__(self, classifier: Classifier, certificate: PatchCertificate, sample: int, seed: int) -> None:
         self.classifier, self.certificate, self.sample = classifier, certificate, sample
-        self.random = np.random.default_rng(seed)
+        self.random = numpy_generator(seed)
         self.fill = fill_color(classifier, certificate.images)
         self.pairs_run = 0
         self._nearest = math.inf  # of the two largest logits of a masked image

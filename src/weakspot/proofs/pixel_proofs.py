@@ -26,6 +26,7 @@ from weakspot.proofs.certificate import (
     network_record,
 )
 from weakspot.proofs.color_splits import TIME_UP, ColorSearch
+from weakspot.proofs.determinism import check_deterministic
 from weakspot.proofs.enumeration import NetworkRuns
 from weakspot.proofs.ledger import Ledger
 from weakspot.proofs.margin_bounds import MarginBounds
@@ -66,7 +67,7 @@ def certify_pixels(
             pixels that are left are unknown.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument does not fit, or the network does not give an image the same logits each time.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> images = torch.full((1, 1, 2, 2), 0.5)
@@ -89,6 +90,7 @@ def certify_pixels(
         check_region(region, clean)
         logits = predict(classifier, clean)
         check_classes(labels, len(clean), logits.shape[1])
+        check_deterministic(classifier, clean[:1])
         ledger = Ledger(
             clean.cpu(),
             labels.cpu().long(),

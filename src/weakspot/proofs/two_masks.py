@@ -27,6 +27,7 @@ from weakspot.proofs.certificate import (
     versions,
     write_record,
 )
+from weakspot.proofs.determinism import check_deterministic
 from weakspot.proofs.mask_set import NONE, MaskedImage, MaskSet, Patch, count_votes, margins_of
 from weakspot.statistics.number_format import counted
 
@@ -195,7 +196,7 @@ def certify_patches(
         on_checkpoint: a function that gets the certificate of the images that are done, about every 20 seconds.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument does not fit, or the network does not give an image the same logits each time.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
     >>> network[1].weight.data, network[1].bias.data = torch.ones(2, 64), torch.tensor([1.0, 0.0])
@@ -207,6 +208,7 @@ def certify_patches(
         cover = MaskSet.covering((images.shape[2], images.shape[3]), patch, masks)
         count = predict(classifier, images[:1]).shape[1]
         check_classes(labels, len(images), count)
+        check_deterministic(classifier, images[:1])
         labels = labels.to(images.device)
         prepared = prepare(classifier, images[:1])
         rows: list[_Row] = []
