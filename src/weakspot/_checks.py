@@ -11,7 +11,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -135,48 +136,6 @@ def is_quiet(category: type[Warning]) -> bool:
     return any(count and issubclass(category, kind) for kind, count in depth.items())
 
 
-class ModelError(RuntimeError):
-    """A model raised SystemExit or another exception that is not an `Exception`."""
-
-
-class Interruption(BaseException):
-    """Ends work of weakspot's own and passes through models. No `Exception`, so nothing takes it for a failure."""
-
-
-@contextlib.contextmanager
-def contain_exits(name: str) -> Iterator[None]:
-    """Turn SystemExit, and every other exception that is not an `Exception`, into a `ModelError`.
-
-    Code that comes with a model may call `sys.exit(0)`, which would end the process with a success code.
-    KeyboardInterrupt passes, because the user may have sent it, and so does an `Interruption`.
-
-    Args:
-        name: of the model.
-
-    Raises:
-        ModelError: in place of the original exception.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, Interruption):
-        raise
-    except BaseException as error:
-        raise ModelError(
-            f"{name} raised {describe_error(error)}; a model must not end the process"
-        ) from error
-
-
-def describe_error(error: BaseException) -> str:
-    """The type of an exception and the first line of its message."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type if there is no message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def unknown_choice(name: str, value: object, choices: Iterable[str], *, remedy: str = "") -> str:
     """The message for a value that is not among the choices, with the closest choice as the remedy.
 
@@ -238,6 +197,43 @@ def check_count(name: str, value: object, *, least: int = 1) -> None:
     """Raises ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_size(name: str, size: object) -> None:
+    """Raises ValueError unless `size` is (height, width), both at least 1, or None."""
+    whole = isinstance(size, tuple | list) and all(
+        isinstance(side, int | np.integer) and not isinstance(side, bool) and side > 0 for side in size
+    )
+    if size is not None and not (whole and len(size) == 2):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be (height, width) in pixels, both at least 1, got {size!r}")
+
+
+def check_class_names(names: object) -> None:
+    """Raises ValueError unless `names` is a list or tuple of texts, or None."""
+    texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if names is not None and not texts:
+        raise ValueError(f"class_names must be a list of texts, one per class, got {names!r}")
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+            raise ValueError(
+                f"{name} must be a list of one number for all channels or one for each, got {values!r}"
+            )
+    lengths = {len(mean), len(std)} - {1}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            "mean and std must have one value for all channels or one for each, "
+            f"got {len(mean)} and {len(std)} values"
+        )
+    if not all(0 < value < float("inf") for value in std):
+        raise ValueError(f"std must be positive, on the [0, 1] scale of images, got {list(std)}")
+    if not all(-1 <= value <= 2 for value in mean):
+        raise ValueError(
+            f"mean must be on the [0, 1] scale of images, got {list(mean)} (divide means of bytes by 255)"
+        )
 
 
 def check_batch(images: Tensor, *, name: str = "images") -> None:
@@ -312,7 +308,7 @@ def check_region(region: Tensor, images: Tensor) -> None:
 
 def check_seed(seed: int) -> None:
     """Raises ValueError unless `seed` is an integer that fits 64 bits."""
-    if not isinstance(seed, int | np.integer) or abs(int(seed)) >= 2**63:
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or abs(int(seed)) >= 2**63:
         raise ValueError(f"seed must be an integer between -2**63 and 2**63, got {seed!r}")
 
 

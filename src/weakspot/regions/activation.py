@@ -9,6 +9,8 @@ from weakspot.classifier import check_images, evaluating
 from weakspot.regions.masks import superpixels, top
 from weakspot.statistics.number_format import counted
 
+STEPS = 8192  # that a class activation is ranked in
+
 
 def cam(
     model: nn.Module, images: Tensor, classes: Tensor, *, fraction: float = 0.3, layer: str | None = None
@@ -38,7 +40,16 @@ def cam(
             "for the class there, and the cam region is where the activation is least negative",
             ModelWarning,
         )
-    return top(maps, fraction)
+    return top(_without_rounding(maps), fraction)
+
+
+def _without_rounding(maps: Tensor) -> Tensor:
+    """Maps (N, 1, H, W) in steps of their largest value / 8192, so that equal evidence is a tie for `top`.
+
+    Rounding, which differs between batch sizes, would break ties otherwise: on a black background, everywhere.
+    """
+    step = (maps.abs().amax((1, 2, 3), keepdim=True) / STEPS).clamp(min=torch.finfo(maps.dtype).tiny)
+    return (maps / step).round()
 
 
 def important_superpixels(
@@ -69,7 +80,10 @@ def important_superpixels(
     groups = superpixels(images, count=count)
     maps = class_activation(model, images, classes, alignment="effective").to(groups.device)
     region = torch.stack(
-        [_highest_groups(own, map_, fraction) for own, map_ in zip(groups, maps, strict=True)]
+        [
+            _highest_groups(own, map_, fraction)
+            for own, map_ in zip(groups, _without_rounding(maps), strict=True)
+        ]
     )
     larger = int((region.flatten(1).double().mean(1) > fraction + 1e-9).sum())
     if larger:
@@ -129,4 +143,5 @@ def support(
             check_classes(classes, len(images), name=name)
         both = torch.stack([classes.to(images.device, torch.long) for classes in (labels, targets)], 1)
         maps = class_activations(classifier, images, both, layer=layer, alignment="effective")
-    return torch.cat([top(one[:, None], fraction) for one in maps.unbind(1)], 1).any(1, keepdim=True)
+    of_each = [top(_without_rounding(one[:, None]), fraction) for one in maps.unbind(1)]
+    return torch.cat(of_each, 1).any(1, keepdim=True)

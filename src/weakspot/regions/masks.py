@@ -14,6 +14,7 @@ from weakspot._checks import (
     check_fraction,
     check_range,
     check_seed,
+    described,
     warn,
 )
 from weakspot._random import float32_noise
@@ -40,8 +41,8 @@ def top(scores: Tensor, fraction: float) -> Tensor:
               [False,  True]]]])
     """
     check_fraction(fraction)
-    if scores.ndim != 4 or scores.shape[1] != 1:
-        raise ValueError(f"scores must have shape (N, 1, H, W), got {tuple(scores.shape)}")
+    if not isinstance(scores, Tensor) or scores.ndim != 4 or scores.shape[1] != 1:
+        raise ValueError(f"scores must have shape (N, 1, H, W), got {described(scores)}")
     if not bool(scores.isfinite().all()):
         raise ValueError("scores must be finite, got NaN or infinity")
     flat = scores.flatten(1)
@@ -190,7 +191,8 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tenso
             scatters its sites; "border" takes the sites nearest to the image's border.
         seed: of "shift", of "random", and of the order among equally near sites of "border". Each image draws by `seed`
             and its own region, whatever else is in the batch.
-        images: (N, C, H, W), by which each image draws as well, so that equal regions are not moved equally.
+        images: (N, C, H, W), by which each image draws instead, with the size of its region: equal regions are not
+            moved equally, and regions that differ by rounding are.
 
     Returns:
         Bool (N, 1, H, W).
@@ -198,8 +200,9 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tenso
     Raises:
         ValueError: if the region is not such a mask or the kind is unknown.
     """
-    if region.dtype != torch.bool or region.ndim != 4 or region.shape[1] != 1:
-        raise ValueError(f"region must be bool (N, 1, H, W), got {tuple(region.shape)} {region.dtype}")
+    mask = isinstance(region, Tensor) and region.dtype == torch.bool
+    if not mask or region.ndim != 4 or region.shape[1] != 1:
+        raise ValueError(f"region must be bool (N, 1, H, W), got {described(region)}")
     check_seed(seed)
     check_choice("kind", kind, CONTROLS)
     if not len(region):
@@ -218,7 +221,7 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tenso
 
 
 def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
-    content = mask.cpu().numpy().tobytes() + image
+    content = image + str(int(mask.sum())).encode() if image else mask.cpu().numpy().tobytes()
     digest = hashlib.blake2b(content, digest_size=7, key=str(seed).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     height, width = mask.shape[2:]

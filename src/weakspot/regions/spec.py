@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import unknown_choice
+from weakspot._checks import check_batch, described, unknown_choice
 from weakspot.regions.activation import cam, important_superpixels, support
 from weakspot.regions.masks import border, from_file, matched
 from weakspot.regions.segmentation import background
@@ -179,6 +179,9 @@ def read_region(
         FileNotFoundError: if a mask picture does not exist.
     """
     spec = RegionSpec.parse(region) if isinstance(region, str) else region
+    if not isinstance(spec, RegionSpec):
+        raise ValueError(f"region must be the text of a region, such as cam, got {described(spec)}")
+    check_batch(images)
     return _Maker(spec.text, model, images, labels, targets, fraction, seed).make(spec)
 
 
