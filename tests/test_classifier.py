@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -812,3 +814,27 @@ def test_a_network_that_returns_another_number_of_rows_is_told_so() -> None:
     images = torch.rand(3, 3, 6, 6)
     with pytest.raises(ValueError, match="Pooled must return one row per image, got 1 for 3"):
         attacks.pgd(Pooled().eval(), images, torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_size": 16}, "input_size must be (height, width) in pixels, both at least 1, got 16"),
+        ({"input_size": (16,)}, "input_size must be (height, width) in pixels, both at least 1, got (16,)"),
+        (
+            {"input_size": (0, 16)},
+            "input_size must be (height, width) in pixels, both at least 1, got (0, 16)",
+        ),
+        ({"class_names": "cat"}, "class_names must be a list of texts, one per class, got 'cat'"),
+        (
+            {"class_names": np.array(["a", "b"])},
+            "class_names must be a list of texts, one per class, got array(",
+        ),
+        ({"class_names": [1, 2]}, "class_names must be a list of texts, one per class, got [1, 2]"),
+    ],
+)
+def test_a_size_and_names_of_other_forms_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Classifier.wrap(nn.Flatten(), **options)
+    numbers: Any = (np.int64(8), 8)
+    assert Classifier.wrap(nn.Flatten(), input_size=numbers).input_size == (8, 8)

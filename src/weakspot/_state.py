@@ -318,13 +318,13 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """
     with SEEDED, preserve_random_state(device):
         # Not torch.manual_seed, which would seed the generators of other devices, and nothing restores those.
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         if device is not None and device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         elif device is not None and device.type == "mps":
             torch.mps.manual_seed(seed)
-        random.seed(seed)
+        random.seed(int(seed))
         np.random.seed(seed % 2**32)  # noqa: NPY002
         yield
 

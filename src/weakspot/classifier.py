@@ -6,7 +6,6 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from weakspot._checks import (
     ModelWarning,
     check_batch,
+    check_class_names,
     check_finite,
+    check_normalization,
     check_range,
-    contain_exits,
-    first_line,
+    check_size,
     warn_once,
 )
+from weakspot._errors import contain_exits, first_line
 from weakspot._network_config import configured_names, configured_size, image_channels
 from weakspot._state import EvalMode, preserve_random_state
 from weakspot.logits import filled, logits_of, may_be_probabilities, warn_of_probabilities
@@ -69,7 +70,9 @@ class Classifier(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        _check_normalization(mean, std)
+        check_normalization(mean, std)
+        check_size("input_size", input_size)
+        check_class_names(class_names)
         tensors = itertools.chain(network.parameters(), network.buffers())
         reference = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
         for key, values in (("mean", mean), ("std", std)):
@@ -78,7 +81,8 @@ class Classifier(nn.Module):
         self.unscaled = all(value == 1 for value in std)
         self.network = network
         self.name = name or type(network).__name__
-        self.input_size = input_size or configured_size(network) or (224, 224)
+        height, width = input_size or configured_size(network) or (224, 224)
+        self.input_size = (int(height), int(width))
         self.channels = image_channels(network, max(len(mean), len(std)), self.input_size)
         self.class_names = tuple(class_names or configured_names(network))
         self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
@@ -105,7 +109,7 @@ class Classifier(nn.Module):
             class_names: one name per class; by default those in the config of a transformers network.
 
         Raises:
-            ValueError: if mean and std do not fit each other or std is not positive.
+            ValueError: if an argument does not fit, mean and std do not fit each other, or std is not positive.
 
         >>> toy = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
         >>> Classifier.wrap(toy, mean=[0.5], std=[0.25])(torch.rand(3, 3, 2, 2)).shape
@@ -185,27 +189,6 @@ class Classifier(nn.Module):
         """Unique name of a class, with its number if others share the name, or "class 3" if it has no name."""
         name = self.class_names[index] if 0 <= index < len(self.class_names) else f"class {index}"
         return f"{name} (class {index})" if self.class_names.count(name) > 1 else name
-
-
-def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
-    for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
-            raise ValueError(
-                f"{name} must be a list of one number for all channels or one for each, got {values!r}"
-            )
-    lengths = {len(mean), len(std)} - {1}
-    if len(lengths) > 1 or 0 in lengths:
-        raise ValueError(
-            "mean and std must have one value for all channels or one for each, "
-            f"got {len(mean)} and {len(std)} values"
-        )
-    if not all(0 < value < float("inf") for value in std):
-        raise ValueError(f"std must be positive, on the [0, 1] scale of images, got {list(std)}")
-    if not all(-1 <= value <= 2 for value in mean):
-        raise ValueError(
-            f"mean must be on the [0, 1] scale of images, got {list(mean)} (divide means of bytes by 255)"
-        )
 
 
 def as_classifier(model: nn.Module) -> Classifier:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from weakspot._checks import ImageWarning, quiet, warn
+from weakspot._checks import ImageWarning, check_size, quiet, warn
 
 MAX_PIXELS = 120_000_000  # decoded, 360 MB; the largest photographs of phones are smaller
 SAMPLES = ("chelsea", "coffee", "rocket", "motorcycle_left")
@@ -90,14 +90,9 @@ def open_pictures(
         channels: 3 for color, 1 for gray.
         marks: whether the pictures are masks: then a picture with transparent pixels is read by its opacity.
     """
-    if channels not in {1, 3}:
+    if channels not in (1, 3):
         raise ValueError(f"channels must be 3 (color) or 1 (gray), got {channels}")
-    if size is not None and not (
-        isinstance(size, tuple | list)
-        and len(size) == 2
-        and all(isinstance(side, int) and side > 0 for side in size)
-    ):
-        raise ValueError(f"size must be (height, width) in pixels, both at least 1, got {size}")
+    check_size("size", size)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
     if not source.is_dir():
@@ -149,6 +144,15 @@ def first_copies(*batches: Tensor) -> NDArray[np.int_]:
     first: dict[bytes, int] = {}
     contents = (content for batch in batches for content in digests(batch))
     return np.array([first.setdefault(one, number) for number, one in enumerate(contents)], dtype=np.int_)
+
+
+def distinct(images: Tensor) -> Tensor:
+    """(n,) the number of the first image of each content, for statistics over images, in order.
+
+    >>> distinct(torch.tensor([[0.5], [0.7], [0.5]])).tolist()
+    [0, 1]
+    """
+    return torch.from_numpy(np.unique(first_copies(images))).to(images.device)
 
 
 def digests(images: Tensor) -> list[bytes]:

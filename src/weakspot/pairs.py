@@ -70,10 +70,9 @@ class Pairs:
         _check_same_shape(self.clean, self.adversarial)
         check_classes(self.labels, len(self.clean), name="labels")
         check_classes(self.targets, len(self.clean), name="targets")
-        if len(self.names) not in {0, len(self.clean)}:
-            raise ValueError(
-                f"names must have one entry for each of {len(self)} pairs, got {len(self.names)}"
-            )
+        if not isinstance(self.names, tuple | list) or len(self.names) not in {0, len(self.clean)}:
+            got = len(self.names) if isinstance(self.names, tuple | list) else repr(self.names)
+            raise ValueError(f"names must have one entry for each of {len(self)} pairs, got {got}")
 
     def __len__(self) -> int:
         return len(self.clean)

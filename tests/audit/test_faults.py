@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import weakspot
 from tests.audit.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
-from weakspot._checks import ModelError
+from weakspot._errors import ModelError
 from weakspot.attacks import Attack
 from weakspot.audit import (
     AttackPlan,

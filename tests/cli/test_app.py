@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 import weakspot
 from tests.cli.conftest import NETWORKS, TINY, Run
 from weakspot import Classifier, Linf, attacks
-from weakspot._checks import ModelError
+from weakspot._errors import ModelError
 from weakspot.cli import doctor
 from weakspot.cli.app import Failure, app, explained
 from weakspot.cli.output import busy_remark

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,17 @@ def test_folders_of_classes_are_read_in_order_and_when_asked(tmp_path: Path, spl
     assert data.pixels(torch.tensor([5, 0]))[:, 0, 0, 0].tolist() == [20, 40]
     assert read_labeled(tmp_path, size=(8, 8), channels=1).pixels(ROWS[:1]).shape == (1, 1, 8, 8)
     assert data.subset(torch.tensor([4, 1])).pixels(ROWS[:2])[:, 0, 0, 0].tolist() == [10, 50]
+    mask = data.labels == 1
+    for rows in (mask, mask.tolist(), [3, 4, 5], torch.tensor([3, 4, 5])):
+        chosen = data.subset(rows)
+        assert chosen.labels.tolist() == [1, 1, 1]
+        assert chosen.images(torch.arange(3)).equal(data.images(torch.tensor([3, 4, 5])))
+    with pytest.raises(ValueError, match=r"size must be .height, width. in pixels, both at least 1, got 8"):
+        read_labeled(tmp_path, size=8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"channels must be 3 .color. or 1 .gray., got \[3\]"):
+        read_labeled(tmp_path, size=(8, 8), channels=[3])  # type: ignore[arg-type]
+    numbers: Any = (np.int64(8), np.int64(8))
+    assert read_labeled(tmp_path, size=numbers).images(ROWS[:1]).shape == (1, 3, 8, 8)
     sent = pickle.loads(pickle.dumps(data))  # noqa: S301 - as worker processes are
     assert sent.pixels(ROWS[:1]).shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"size must be .height, width. for image files, got none"):

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import weakspot
 from tests.defenses.planted import BUDGET, Inline, one_hot, planted, reversed_gradient
 from tests.defenses.test_neutralization import fragile
-from tests.defenses.test_randomized import Shaking
+from tests.defenses.test_randomized import Shaking, linear
 from tests.networks import LinearNetwork, PoolingNetwork, Wrapped, untouched
 from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
@@ -273,6 +274,9 @@ def test_other_norms_are_evaluated_too() -> None:
         ({"budget": 0.1}, "budget must .* got 0.1"),
         ({"defended": len}, "defended must be a torch.nn.Module, got builtin_function_or_method"),
         ({"oracle": 5}, "oracle must be a function of attacked and clean images, got 5"),
+        ({"oracle": lambda attacked, clean: None}, "oracle must return images of shape .*, got NoneType"),
+        ({"oracle": lambda attacked, clean: attacked[:1]}, "oracle must return images of shape"),
+        ({"seed": True}, "seed must .* got True"),
         ({"substitute": 3}, "substitute must be a torch.nn.Module, got int"),
         ({"labels": torch.full((12,), 9)}, "labels"),
         (
@@ -340,3 +344,19 @@ def test_copies_of_an_image_count_once() -> None:
     copies = judge(images[:2].repeat(15, 1, 1, 1), labels[:2].repeat(15))
     pd.testing.assert_frame_equal(once, copies)
     assert set(copies["images"]) == {2}
+
+
+def test_a_random_model_without_a_defense_gives_the_same_table_whatever_was_drawn_before() -> None:
+    model, images, labels, budget = linear()
+    random = Shaking(model, 5.0, 30.0).eval()
+    tables = []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            tables.append(
+                evaluate_defense(
+                    random, random, images, labels, budget=budget, steps=2, draws=2, queries=5,
+                    seed=np.int64(3),  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+    pd.testing.assert_frame_equal(tables[0], tables[1])

@@ -135,3 +135,12 @@ def test_arguments_that_do_not_fit_are_named(arguments: dict[str, Any], message:
         defended(images[:0])
     with pytest.raises(ValueError, match=r"images must be floats in \[0, 1\], got torch.uint8"):
         defended((images * 255).byte())
+
+
+def test_the_mean_of_a_large_image_in_half_precision_is_its_mean() -> None:
+    images = torch.full((1, 1, 300, 300), 0.5, dtype=torch.float16)
+    region = torch.zeros(1, 1, 300, 300, dtype=torch.bool)
+    region[..., :9, :9] = True
+    filled = neutralize(images, region)
+    assert filled.dtype == torch.float16
+    assert torch.equal(filled, images)

@@ -192,6 +192,7 @@ def test_masking_a_unit_that_attacks_do_not_use_does_not_help_against_a_new_atta
 def test_units_that_help_no_more_than_any_others_are_reported_so() -> None:
     """Every network without two of these units is as robust as one without any other two."""
     model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
+    images[:, 0, 0, 0] += torch.arange(20) / 1000  # twenty different images
     table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
     assert table["gain"]["none"] == 1
     assert table["p"]["none"] < 1e-5
@@ -297,3 +298,34 @@ def test_an_attack_that_is_no_function_is_refused() -> None:
         ValueError, match=r"attack must be a function of model, images and labels .*got 'pgd'"
     ):
         masking(model, "head", [0], images, labels, attack="pgd")  # type: ignore[arg-type]
+
+
+def test_copies_of_an_image_count_once() -> None:
+    model, images, labels = leaky()
+    few = masking(model, "look", [0], images[:2], labels[:2], attack=by_pgd)
+    copies = masking(model, "look", [0], images[:2].repeat(15, 1, 1, 1), labels[:2].repeat(15), attack=by_pgd)
+    assert copies.equals(few)
+    assert set(copies["images"]) == {2}
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda model, images, labels: images,
+        lambda model, images, labels: by_pgd(model, images, labels)[:3],
+        lambda model, images, labels: None,
+    ],
+    ids=["images", "fewer pairs", "nothing"],
+)
+def test_an_attack_that_returns_no_pairs_of_the_images_is_refused(attack: Any) -> None:
+    model, images, labels = leaky()
+    with pytest.raises(ValueError, match=r"^attack must return Pairs of the 20 images, got"):
+        masking(model, "look", [0], images, labels, attack=attack)
+    with pytest.raises(ValueError, match="labels must be classes between 0 and 1, got 7"):
+        masking(model, "look", [0], images, labels * 0 + 7, attack=by_pgd)
+
+
+def test_any_seed_that_is_documented_draws_units() -> None:
+    model, images, labels = leaky()
+    table = masking(model, "look", [0], images[:4], labels[:4], attack=by_pgd, seed=-1)
+    assert len(table) >= 3

@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weakspot.dissection import Association, associate, by_category, concept_sentence, join, moved_concepts
+from weakspot.dissection import (
+    Association,
+    associate,
+    by_category,
+    concept_sentence,
+    join,
+    moved_concepts,
+    sensitivity_sentence,
+)
 
 
 def made_up(units: int, linked: float, seed: int = 0) -> pd.DataFrame:
@@ -120,3 +128,21 @@ def test_invalid_input_is_an_error() -> None:
         associate(made_up(3, 0))
     with pytest.raises(ValueError, match="of one layer, got 4 and 5 units"):
         join(pd.DataFrame({"unit": range(4)}), pd.DataFrame({"unit": range(5)}))
+
+
+@pytest.mark.parametrize("level", [1.5, float("nan"), -1.0])
+def test_a_level_is_a_fraction(level: float) -> None:
+    with pytest.raises(ValueError, match=r"^level must be between 0 and 1, got"):
+        moved_concepts(pd.DataFrame({"concept": []}), level=level)
+    with pytest.raises(ValueError, match=r"^level must be between 0 and 1, got"):
+        sensitivity_sentence(pd.DataFrame({"images": [3]}), level=level)
+
+
+def test_tables_of_two_layers_or_without_units_are_refused() -> None:
+    one = pd.DataFrame({"unit": [0, 1]})
+    with pytest.raises(ValueError, match="must be of one layer, got 2 and 4 units"):
+        join(one, pd.concat([one, one]))
+    with pytest.raises(ValueError, match=r"^sensitivity must have a column unit"):
+        join(pd.DataFrame(), one)
+    with pytest.raises(ValueError, match=r"got no concept$"):
+        moved_concepts(pd.DataFrame())

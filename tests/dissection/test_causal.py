@@ -30,6 +30,7 @@ class Carried(nn.Module):
 
 def carried() -> tuple[nn.Module, Pairs]:
     model, clean = Carried().eval(), torch.full((6, 3, 5, 5), 0.4)
+    clean[:, 1, 0, 0] += torch.arange(6) / 1000  # six different images
     adversarial = clean.clone()
     adversarial[:, 2] = 0.1
     adversarial[5] = clean[5]
@@ -79,3 +80,11 @@ def test_the_analysis_counts_the_units_that_restore_the_decision() -> None:
     assert (result.scores["random_units_to_revert"][:5] >= 1 / 8).all()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(75, 2)).eval()
     assert len(analyze_units(flat, pairs).scores) == len(pairs)
+
+
+def test_copies_of_an_image_count_once() -> None:
+    model, pairs = carried()
+    copies = pairs[[0, 1] * 10]
+    table = unit_restoration(model, "look", copies, fractions=(1 / 8, 1.0))
+    assert table.equals(unit_restoration(model, "look", pairs[:2], fractions=(1 / 8, 1.0)))
+    assert table["images"].tolist() == [2, 2]

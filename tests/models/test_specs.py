@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.networks import Made, PoolingNetwork
-from weakspot._checks import ModelError
+from weakspot._errors import ModelError
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load

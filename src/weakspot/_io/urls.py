@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weakspot._checks import first_line, require
+from weakspot._checks import require
+from weakspot._errors import first_line
 from weakspot._io.files import write_atomic
 
 

@@ -8,7 +8,8 @@ from contextlib import redirect_stdout
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, first_line, quiet, warn
+from weakspot._checks import ModelWarning, quiet, warn
+from weakspot._errors import first_line
 from weakspot._progress import ProgressOption
 from weakspot._state import seeded, without_parameter_gradients
 from weakspot.attacks.context import AttackOptions, Problem, attack_context

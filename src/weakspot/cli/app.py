@@ -21,7 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.models import OptionInfo
 
-from weakspot._checks import ModelError, describe_error
+from weakspot._errors import ModelError, describe_error
 
 UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NOTHING_WRITTEN = "interrupted; nothing was written"

@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from weakspot._checks import describe_error
+from weakspot._errors import describe_error
 from weakspot.attacks import pgd
 from weakspot.classifier import Classifier, predict
 from weakspot.cli.app import EXTRAS, command

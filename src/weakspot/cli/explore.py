@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from weakspot._checks import first_line, require
+from weakspot._checks import require
+from weakspot._errors import first_line
 from weakspot._progress import Display
 from weakspot.classifier import Classifier
 from weakspot.cli.app import Failure, command, note, one_line

@@ -19,7 +19,8 @@ import torch
 import typer
 from torch import Tensor
 
-from weakspot._checks import ModelError, first_line, warn
+from weakspot._checks import warn
+from weakspot._errors import ModelError, first_line
 from weakspot._io.urls import exists
 from weakspot._progress import Display
 from weakspot.classifier import Classifier, check_images, evaluating, predict

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from weakspot._checks import check_choice
+from weakspot._checks import check_choice, check_size
 from weakspot.datasets.arrays import read_npz
 from weakspot.datasets.binary_files import has_cifar, has_idx, read_cifar_folder, read_idx_folder
 from weakspot.datasets.hub import read_hub
@@ -38,7 +38,8 @@ def read_labeled(
         ValueError: if `source` is not a data set, or is damaged.
     """
     check_choice("split", split, SPLITS)
-    if channels not in {1, 3}:
+    check_size("size", size)
+    if channels not in (1, 3):
         raise ValueError(f"channels must be 3 (color) or 1 (gray), got {channels}")
     if str(source).startswith("hf:"):
         return read_hub(str(source).removeprefix("hf:"), split, size=size, channels=channels)

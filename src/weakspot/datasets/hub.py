@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from weakspot._checks import first_line, require
+from weakspot._checks import require
+from weakspot._errors import first_line
 from weakspot.datasets.labeled import LabeledImages, names_of_classes
 from weakspot.images import fitted
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weakspot._checks import check_classes
+from weakspot._checks import check_class_names, check_classes
 from weakspot.images import open_pictures
 
 MAX_CLASSES = (
@@ -53,9 +53,11 @@ class LabeledImages:
         """These images, (n, C, H, W) float32 in [0, 1]."""
         return as_float(self.pixels(rows))
 
-    def subset(self, rows: Tensor) -> LabeledImages:
-        """Only these rows."""
-        return replace(self, labels=self.labels[rows], pixels=partial(_from_subset, self.pixels, rows))
+    def subset(self, rows: Tensor | Sequence[int]) -> LabeledImages:
+        """Only these rows, by their numbers or a bool mask (N,)."""
+        # Also a list and a mask become numbers, which images are looked up by.
+        chosen = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else list(rows)]
+        return replace(self, labels=self.labels[chosen], pixels=partial(_from_subset, self.pixels, chosen))
 
 
 def from_tensors(
@@ -102,7 +104,8 @@ def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | No
     classes = int(labels.max()) + 1
     if classes > MAX_CLASSES:
         raise ValueError(f"labels must be below {MAX_CLASSES}, got {classes - 1} (number the classes from 0)")
-    names = tuple(class_names or (str(number) for number in range(classes)))
+    check_class_names(class_names)
+    names = tuple(str(number) for number in range(classes)) if class_names is None else tuple(class_names)
     if len(names) < classes:
         raise ValueError(f"labels must be below {len(names)}, the number of class names, got {classes - 1}")
     return names

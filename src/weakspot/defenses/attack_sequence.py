@@ -102,16 +102,18 @@ class AttackSequence:
         progress: Progress | None,
     ) -> None:
         model, defended = models
-        self.model, self.images, self.labels = model, images, labels
+        self.images, self.labels = images, labels
         self.effort, self.progress = effort, progress
-        self.random = defended is not model and is_random(defended, images, seed=effort.seed)
+        # A random model without a defense is judged, and attacked, like a random defense.
+        random = is_random(model, images, seed=effort.seed)
+        self.random = random if defended is model else is_random(defended, images, seed=effort.seed)
         # Every step on a random defense costs `draws` passes, so it has fewer steps and one restart.
         steps = effort.steps if not self.random else -(-2 * effort.steps // 3)
         self.sizes = shrinking_steps(steps)
         self.restarts = 1 if self.random else RESTARTS
         own, undefended = as_classifier(defended), as_classifier(model)
         everything = torch.ones_like(labels, dtype=torch.bool)
-        self.undefended = Side.of(undefended, False, effort, everything)
+        self.undefended = Side.of(undefended, random, effort, everything)
         self.defended = Side.of(own, self.random, effort, everything)
         self.leads = {AttackRow.OWN: own, AttackRow.UNDEFENDED_GRADIENTS: undefended}
         self.ends: dict[str, Tensor] = {}
@@ -145,7 +147,8 @@ class AttackSequence:
         self._attack_by_gradients(AttackRow.STRAIGHT, 2, until=0.3)
         self._attack_by_gradients(AttackRow.UNDEFENDED_GRADIENTS, 3, until=0.4)
         left = bool((self.undefended.correct | self.defended.correct).any())
-        region = cam(self.model, images, labels, fraction=self.effort.fraction) if left else None
+        looking = self.undefended.judged
+        region = cam(looking, images, labels, fraction=self.effort.fraction) if left else None
         self._attack_by_gradients(AttackRow.REGION, 4, region=region, until=0.5)
         # Images may withstand by luck or because gradients mislead: more draws, then attacks without gradients.
         self._average_more_draws()

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import (
-    check_budget,
-    check_classes,
-    check_count,
-    check_fraction,
-    check_seed,
-    describe_error,
-)
+from weakspot._checks import check_budget, check_classes, check_count, check_fraction, check_seed, described
+from weakspot._errors import describe_error
 from weakspot._progress import ProgressOption, shown
 from weakspot.attacks.context import DEFAULT_BUDGET
 from weakspot.attacks.eight_bit import rounded, whole_levels
@@ -24,7 +17,7 @@ from weakspot.budgets import Budget
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
 from weakspot.defenses.verdicts import AttackRow
-from weakspot.images import first_copies
+from weakspot.images import distinct
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,6 +106,8 @@ def evaluate_defense(
     budget = DEFAULT_BUDGET if budget is None else budget
     check_budget(budget)
     images, labels = _checked(model, defended, substitute, images, labels)
+    if oracle is not None:
+        _restored(oracle, images[:2], images[:2])  # before any attack: an error would lose them all
     # Whole gray levels, so that rounding an attacked image to 8 bits never leaves the budget.
     effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
     # Tensors of inference mode have no gradients.
@@ -127,7 +122,8 @@ def evaluate_defense(
         rows = sequence.rows
         if oracle is not None:
             # Against the first attack only: the oracle has no adaptive attacker.
-            correct = is_correct(model, oracle(sequence.transferred, images), labels)
+            restored = _restored(oracle, sequence.transferred, images)
+            correct = is_correct(sequence.undefended.judged, restored, labels)
             rows.append(table_row(AttackRow.ORACLE, sequence.after_transfer, correct))
         sequence.report(1.0)
     return pd.DataFrame(rows)
@@ -148,12 +144,20 @@ def _checked(
         images = rounded(check_images(images, classifier))
         classes = predict(classifier, images[:1]).shape[1]
         check_classes(labels, len(images), classes)
-        distinct = torch.from_numpy(np.unique(first_copies(images))).to(images.device)
-        images, labels = images[distinct], labels.to(images.device, torch.long)[distinct]
+        chosen = distinct(images)
+        images, labels = images[chosen], labels.to(images.device, torch.long)[chosen]
     for name, network in (("defended", defended), ("substitute", substitute)):
         if network is not None and network is not model:
             check_network(name, network, images[:2], classes)
     return images, labels
+
+
+def _restored(oracle: Callable[[Tensor, Tensor], Tensor], attacked: Tensor, clean: Tensor) -> Tensor:
+    """What the oracle makes of attacked images (N, C, H, W), if these are images of the same shape."""
+    images: object = oracle(attacked.clone(), clean.clone())
+    if not isinstance(images, Tensor) or images.shape != clean.shape:
+        raise ValueError(f"oracle must return images of shape {tuple(clean.shape)}, got {described(images)}")
+    return images.to(clean)
 
 
 def check_network(name: str, network: nn.Module, images: Tensor, classes: int) -> None:

@@ -59,9 +59,10 @@ def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
 def _mean(images: Tensor, region: Tensor) -> Tensor:
     # A region that covers the whole image has no outside; then the mean is over all sites.
     whole = region.flatten(1).all(1).view(-1, 1, 1, 1)
-    outside = (~region | whole).to(images.dtype)
+    # Sums over many pixels would leave the range of half precision.
+    outside = (~region | whole).to(torch.promote_types(images.dtype, torch.float32))
     mean = (images * outside).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True)
-    return mean.expand_as(images)
+    return mean.to(images.dtype).expand_as(images)
 
 
 def _inpaint(images: Tensor, region: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, check_seed, unknown_choice
+from weakspot._checks import check_classes, check_fraction, check_seed, unknown_choice
 from weakspot._progress import Progress
+from weakspot._random import numpy_generator
 from weakspot.attacks import pgd
 from weakspot.attribution.hooks import replacing
 from weakspot.attribution.layers import layer_key
 from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
+from weakspot.images import distinct
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
 from weakspot.statistics.number_format import counted, p_value, percent, with_interval
@@ -183,8 +185,8 @@ def masking(
         model: any classifier.
         layer: see `mask_units`.
         units: that are masked. If they were chosen by their sensitivity, choose them on *other* images.
-        images: (N, C, H, W).
-        labels: (N,).
+        images: (N, C, H, W). Copies of an image, which are no independent evidence, are left out.
+        labels: (N,); of copies, that of the first counts.
         attack: `attacks.pgd` or any function of model, images and labels that returns pairs.
         seed: of the random units.
         progress: called with the fraction done.
@@ -207,19 +209,20 @@ def masking(
         )
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
-        check_classes(labels, len(images))
-        labels = labels.to(images.device, torch.long)
+        check_classes(labels, len(images), predict(classifier, images[:1]).shape[1])
+        first = distinct(images)
+        images, labels = images[first], labels.to(images.device, torch.long)[first]
     wanted = unit_numbers(units)
     activity, count = _activity(model, layer, images), len(wanted)
     if not 0 < count <= len(activity):
         raise ValueError(f"units must be 1 to {len(activity)} units, as many as {layer!r} has, got {count}")
     # The attack on the unmasked network gives both the row "none" and the transferred images of all rows.
     groups: dict[str, Sequence[int]] = {UNMASKED: (), THESE: wanted, **_controls(wanted, activity, seed)}
-    transferred = attack(model, images, labels).adversarial
+    transferred = _attacked(attack, model, images, labels)
     outcomes: dict[str, dict[str, NDArray[np.bool_]]] = {}
     for number, (name, chosen) in enumerate(groups.items(), start=1):
         masked = mask_units(model, layer, chosen) if len(chosen) else model
-        again = attack(masked, images, labels).adversarial if len(chosen) else transferred
+        again = _attacked(attack, masked, images, labels) if len(chosen) else transferred
         with evaluating(masked) as classifier:
             outcomes[name] = {
                 measure: (predict(classifier, shown).argmax(1) == labels).cpu().numpy()
@@ -232,7 +235,7 @@ def masking(
 
 def _controls(wanted: Sequence[int], activity: Tensor, seed: int) -> dict[str, Sequence[int]]:
     """As many random and most active units, without sets that equal `wanted` or another control."""
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     sets = {
         f"random units {number}": rng.choice(len(activity), len(wanted), replace=False).tolist()
         for number in range(1, DRAWS + 1)
@@ -244,6 +247,14 @@ def _controls(wanted: Sequence[int], activity: Tensor, seed: int) -> dict[str, S
             controls[name] = chosen
             seen.append(set(chosen))
     return controls
+
+
+def _attacked(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The attacked images (N, C, H, W), if the user's function returns them."""
+    pairs = attack(model, images, labels)
+    if not isinstance(pairs, Pairs) or pairs.adversarial.shape != images.shape:
+        raise ValueError(f"attack must return Pairs of the {counted(len(images))}, got {pairs!r}")
+    return pairs.adversarial.to(images)
 
 
 def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]]) -> dict[str, object]:
@@ -263,6 +274,7 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
         table: from `masking`.
         level: of McNemar's test. A gain over the controls must reach it against each of them.
     """
+    check_fraction(level, name="level")
     rows = {row["masked"]: row for row in table.to_dict("records")}
     unmasked, these = rows.pop(UNMASKED), rows.pop(THESE)
     count = int(these["units"])

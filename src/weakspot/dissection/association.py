@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from weakspot._checks import check_seed
+from weakspot._checks import check_fraction, check_seed
+from weakspot._random import numpy_generator
 from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
     partial = _partials(values, layers[None])[0]
     low, high = np.nan, np.nan
     if len(finite) >= ENOUGH and not np.isnan(partial):
-        rng = np.random.default_rng(seed)
+        rng = numpy_generator(seed)
         samples = (rng.integers(0, len(finite), (DRAWS // BLOCKS, len(finite))) for _ in range(BLOCKS))
         # Numbers of units (B, n) as an index turn the columns (3, n) into samples (3, B, n).
         partials = [_partials(values[:, 0, rows], layers[rows]) for rows in samples]
@@ -117,7 +118,11 @@ def join(sensitivity: pd.DataFrame, units: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: if they are not of the same units.
     """
-    if set(sensitivity["unit"]) != set(units["unit"]):
+    for name, table in (("sensitivity", sensitivity), ("units", units)):
+        if "unit" not in table:
+            raise ValueError(f"{name} must have a column unit, as unit_sensitivity and dissect return")
+    same = set(sensitivity["unit"]) == set(units["unit"])
+    if not same or sensitivity["unit"].duplicated().any() or units["unit"].duplicated().any():
         raise ValueError(
             f"sensitivity and units must be of one layer, got {len(sensitivity)} and {len(units)} units"
         )
@@ -138,6 +143,11 @@ def moved_concepts(joined: pd.DataFrame, *, level: float = 0.05) -> pd.DataFrame
     """
     import pandas as pd
 
+    check_fraction(level, name="level")
+    if "concept" not in joined:
+        raise ValueError(
+            "joined must have the columns that join(sensitivity, dissection) returns, got no concept"
+        )
     columns = ["concept", "category", "units", "moved", "promoted", "suppressed", "sensitivity", "noise"]
     rows = []
     detectors = joined[joined["concept"].notna()]

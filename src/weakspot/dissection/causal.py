@@ -18,6 +18,7 @@ from weakspot.attribution.hooks import Place, default_layers, replacing, spatial
 from weakspot.attribution.layout import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, prepare_pairs
+from weakspot.images import distinct
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
 
@@ -50,7 +51,8 @@ def unit_restoration(
     Args:
         model: any classifier. It is not changed.
         layer: a module whose output is a map.
-        pairs: N pairs.
+        pairs: N pairs. Of several that fool the model with the same clean image, which are no independent evidence,
+            the first counts.
         fractions: of the units that are restored; at least one unit is.
         seed: of the random units.
         batch_size: pairs at once; changes no result.
@@ -88,7 +90,8 @@ def unit_restoration(
             classifier, place, pairs, fractions, seed=seed, batch_size=batch_size
         )
     # Pairs that do not fool the model are NaN at every fraction.
-    fooled = changed[0].isfinite()
+    fooled = changed[0].isfinite().nonzero()[:, 0]
+    fooled = fooled[distinct(pairs.clean[fooled])]
     table = []
     for number, fraction in enumerate(fractions):
         row: dict[str, object] = {"fraction": fraction, "units": _count(fraction, units)}
@@ -99,7 +102,7 @@ def unit_restoration(
         for name, reverted in outcomes.items():
             interval = proportion_interval(reverted)
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
-        table.append({**row, "p": mcnemar(*outcomes.values()), "images": int(fooled.sum())})
+        table.append({**row, "p": mcnemar(*outcomes.values()), "images": len(fooled)})
     return pd.DataFrame(table)
 
 

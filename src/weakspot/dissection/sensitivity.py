@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_count, check_seed, checked_batch_size
+from weakspot._checks import check_count, check_fraction, check_seed, checked_batch_size
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.explanations.analysis import check_pairs, prepare_pairs
+from weakspot.explanations.analysis import batches_of, check_pairs, prepare_pairs
 from weakspot.images import digests
 from weakspot.pairs import Pairs
 from weakspot.statistics import false_discovery
@@ -130,7 +130,7 @@ def unit_sensitivity(
     batch_size = checked_batch_size(batch_size)
     if not isinstance(layer, str):
         raise ValueError(f"layer must be the name of one layer, got {layer!r}")
-    batches = [pairs] if isinstance(pairs, Pairs) else pairs
+    batches = batches_of(pairs)
     clean, adversarial, noisy, retained = _unit_means(
         model, layer, batches, noises=noises, seed=seed, batch_size=batch_size
     )
@@ -168,6 +168,7 @@ def unit_sensitivity(
 
 def sensitivity_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     """How many units the attack moves more than noise of the same size does, from `unit_sensitivity`."""
+    check_fraction(level, name="level")
     images, units = int(table["images"].iloc[0]), len(table)
     if images < 2:
         return "No unit was tested: noise with values as large as the perturbation's does not fit into the images."

@@ -172,7 +172,7 @@ def dissect_layers(
     """
     options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)), limit)
     batch_size = checked_batch_size(batch_size)
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
+    if not isinstance(layers, list | tuple) or not all(isinstance(one, str) for one in layers or [None]):
         raise ValueError(f"layers must be a list of layer names, got {layers!r}")
     concepts = ConceptSet.open(dataset, limit=limit)
     for file, rows in (("index.csv", len(concepts)), ("label.csv", len(concepts.concepts))):

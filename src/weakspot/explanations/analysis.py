@@ -8,7 +8,7 @@ that this room never imports `weakspot.report`. To register an analysis, add an 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -232,6 +232,19 @@ def check_pairs(pairs: Pairs, model: nn.Module) -> None:
         )
     if not len(pairs):
         raise ValueError("pairs must hold at least one pair, got none")
+
+
+def batches_of(pairs: Pairs | Iterable[Pairs]) -> Iterable[Pairs]:
+    """One batch of pairs, or several, as batches.
+
+    Raises:
+        ValueError: if `pairs` is neither.
+    """
+    if isinstance(pairs, Pairs):
+        return [pairs]
+    if not isinstance(pairs, Iterable):
+        raise ValueError(f"pairs must be Pairs or an iterable of them, got {type(pairs).__name__}")
+    return pairs
 
 
 def check_analysis(name: str, analysis: Analysis, count: int) -> Analysis:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, warn_once
+from weakspot._checks import ModelWarning, check_seed, warn_once
 from weakspot._io.files import write_atomic
 from weakspot._memory import remembering
 from weakspot._progress import ProgressOption, shown
@@ -191,6 +191,7 @@ def explain(
     ['first', 'second']
     """
     check_pairs(pairs, model)
+    check_seed(seed)
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
     names = names if names is not None else pairs.names or [f"image {row}" for row in range(len(pairs))]

@@ -19,7 +19,14 @@ from weakspot._checks import check_seed, checked_batch_size
 from weakspot._progress import Progress
 from weakspot.attribution.hooks import default_layers, fused_for, spatial_layers
 from weakspot.classifier import evaluating
-from weakspot.explanations.analysis import Analysis, Series, check_pairs, find_renderer, prepare_pairs
+from weakspot.explanations.analysis import (
+    Analysis,
+    Series,
+    batches_of,
+    check_pairs,
+    find_renderer,
+    prepare_pairs,
+)
 from weakspot.explanations.feature_propagation import (
     ActivationChange,
     propagations,
@@ -105,7 +112,7 @@ def propagation_study(
     """
     check_seed(seed)
     batch_size = checked_batch_size(batch_size)
-    batches = [pairs] if isinstance(pairs, Pairs) else pairs
+    batches = batches_of(pairs)
     report = progress if isinstance(pairs, Pairs) else None
     numbers: dict[str, _LayerNumbers] | None = None
     with evaluating(model) as classifier:

@@ -170,6 +170,11 @@ def overlap(
     check_pairs(pairs, model)
     check_fraction(fraction)
     check_seed(seed)
+    if not isinstance(importance, str | Tensor):
+        raise ValueError(
+            f"importance must be one of {', '.join(IMPORTANCES)}, or a tensor of scores, got "
+            f"{type(importance).__name__}"
+        )
     with evaluating(model) as classifier:
         scores = isinstance(importance, Tensor)
         others = other_images(classifier, pairs, reference if compare else None, scores=scores)
@@ -227,6 +232,8 @@ def _importances(
         expected = pairs.clean[:, :1].shape
         if importance.shape != expected:
             raise ValueError(f"importance must have shape {tuple(expected)}, got {tuple(importance.shape)}")
+        if not bool(importance.isfinite().all()):
+            raise ValueError("importance must be finite, got NaN or infinity")
         return torch.cat([importance.to(pairs.clean), others])
     images, classes = pairs.clean, pairs.labels
     if len(others):

@@ -276,7 +276,7 @@ def with_shuffled_weights(classifier: Classifier, seed: int) -> Classifier:
     works for every module.
     """
     shuffled = copy.deepcopy(classifier)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     with torch.no_grad():
         for parameter in shuffled.parameters():
             if parameter.ndim > 1:  # biases and the parameters of norms stay

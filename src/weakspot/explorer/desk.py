@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from weakspot._checks import NotFiniteError, first_line
+from weakspot._checks import NotFiniteError
+from weakspot._errors import first_line
 from weakspot.attacks import available_attacks, find_attack
 from weakspot.budgets.parse import BUDGETS
 from weakspot.explanations.analysis import usual_analyses

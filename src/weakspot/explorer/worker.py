@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-from weakspot._checks import Interruption
+from weakspot._errors import Interruption
 
 REST = 0.25  # seconds after a probe in which nothing is done in the background
 RESTARTS = 3  # of a part of background work, because of probes

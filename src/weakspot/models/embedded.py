@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from weakspot._checks import first_line
+from weakspot._errors import first_line
 from weakspot.classifier import Classifier
 from weakspot.zoo import NETWORKS, build
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import first_line
+from weakspot._errors import first_line
 from weakspot.logits import filled, logits_of
 
 OPERATORS = re.compile(

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from weakspot._checks import ModelWarning, first_line, warn
+from weakspot._checks import ModelWarning, warn
+from weakspot._errors import first_line
 from weakspot.classifier import Classifier
 
 

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, contain_exits, first_line, quiet, unknown_choice
+from weakspot._checks import ModelWarning, quiet, unknown_choice
+from weakspot._errors import contain_exits, first_line
 from weakspot._network_config import image_channels
 from weakspot._plug_ins import entry_points
 from weakspot.classifier import Classifier

@@ -6,6 +6,8 @@ The percentile bootstrap is not used: for a proportion of ten images it covers .
 import numpy as np
 from numpy.typing import NDArray
 
+from weakspot._random import numpy_generator
+
 LEVEL = 0.95
 LEAST_IMAGES = 20  # for a mean; with fewer, no interval covers skewed data
 LEAST_VARIED = 5  # images that differ from the most common value; with fewer, the spread is not known
@@ -185,7 +187,7 @@ def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     # A missing value is 0 after centering, so it adds nothing to any sum.
     centered = np.where(known, values - np.nanmean(values, axis=0), 0.0)
     spread = np.nanstd(values, axis=0)
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     images = len(values)
     drawn = np.empty((RESAMPLES, values.shape[1]))
     rows = max(1, 4_000_000 // images)  # at once, so that memory does not grow with the number of images

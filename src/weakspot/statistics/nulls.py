@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weakspot._random import numpy_generator
 from weakspot.statistics.significance import false_discovery
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
     value, null = float(values.diagonal().mean()), float(values.mean())
     if count < LEAST_RUN:
         return RunTest(count, value, null, np.nan)
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     rows = np.arange(count)
     drawn = np.array([values[rows, rng.permutation(count)].mean() for _ in range(PERMUTATIONS)])
     slack = ROUNDING * np.abs(values).max()

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from weakspot._random import numpy_generator
 from weakspot.statistics.intervals import (
     BOOTSTRAP_TAIL,
     LEAST_IMAGES,
@@ -114,7 +115,7 @@ def region_test(own: NDArray[np.floating], others: NDArray[np.floating], *, seed
     centered = np.where(finite, filled - filled.sum(1, keepdims=True) / finite.sum(1, keepdims=True), 0.0)
     # Finite outcomes first, so that an index below their number selects one of them.
     packed = np.take_along_axis(centered, np.argsort(~finite, axis=1, kind="stable"), axis=1)
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     observed = centered[:, 0].sum()
     sums = np.zeros(PERMUTATIONS)
     for row, count in zip(packed, finite.sum(1), strict=True):

@@ -29,7 +29,8 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.collate import default_collate, default_convert
 
-from weakspot._checks import ImageWarning, describe_error, quiet
+from weakspot._checks import ImageWarning, quiet
+from weakspot._errors import describe_error
 from weakspot._io.files import write_atomic
 from weakspot._progress import Progress
 from weakspot._random import float32_noise, mixed_seed

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weakspot._checks import check_classes, first_line
+from weakspot._checks import check_classes
+from weakspot._errors import first_line
 from weakspot._progress import ProgressOption, shown
 from weakspot._state import EvalMode, copied, in_train_mode, preserve_random_state
 from weakspot.classifier import Classifier, as_classifier

@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import NotFiniteError, describe_error, first_line, warn
+from weakspot._checks import NotFiniteError, warn
+from weakspot._errors import describe_error, first_line
 from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import Donors
 from weakspot.classifier import Classifier

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from weakspot._checks import first_line, require, warn
+from weakspot._checks import require, warn
+from weakspot._errors import first_line
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
 from weakspot._progress import ProgressOption, shown

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weakspot._checks import first_line
+from weakspot._errors import first_line
 from weakspot._io.urls import fetched, is_url, local_copy
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.store.digests import digest_of, file_digest

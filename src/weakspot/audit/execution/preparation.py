@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
+from weakspot._checks import NotFiniteError, quiet, warn
+from weakspot._errors import ModelError, first_line
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
 from weakspot._random import float32_noise

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from weakspot._checks import first_line, require, warn
+from weakspot._checks import require, warn
+from weakspot._errors import first_line
 from weakspot._io.urls import is_url
 from weakspot.audit.execution.attacked_groups import Progress
 from weakspot.audit.execution.audit_engine import Engine, Results

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weakspot._checks import describe_error, warn
+from weakspot._checks import warn
+from weakspot._errors import describe_error
 from weakspot.audit.execution.attacked_groups import attack_groups
 from weakspot.audit.execution.batches import AuditModel
 from weakspot.audit.execution.job import Backlog, Job

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from weakspot._random import numpy_generator
 from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, read_cell, recorded_columns
 from weakspot.audit.store.run import Run
 from weakspot.explanations.weakest_places import GRID
@@ -197,6 +198,6 @@ def _common_place(
     row, column = divmod(int(means.argmin()), sizes.shape[2])
     if len(sizes) < LEAST_RUN:
         return (row, column), np.nan
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     lowest = np.array([rng.permuted(ranks, axis=1).mean(0).min() for _ in range(PERMUTATIONS)])
     return (row, column), (1 + int((lowest <= means.min() + 1e-9).sum())) / (1 + PERMUTATIONS)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from weakspot._checks import first_line
+from weakspot._errors import first_line
 from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import MAPS, drop_maps
 from weakspot.audit.store.records import LISTING, RECORDS, SHARDS, SKIPPED, shard_files, shard_number
