@@ -111,7 +111,7 @@ def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
     # A region that cannot be made would otherwise fail after minutes of attacks.
     _try_regions(plan, classifier)
     if plan.model.mean is None and plan.model.std is None:
-        remark = plain_pixels_note(plan.model.spec, classifier, "give mean and std")
+        remark = plain_pixels_note(plan.model.spec, classifier, "give mean and std, or --mean and --std,")
         if remark:
             warn(remark, UserWarning)
     listing = list_images(
