@@ -103,6 +103,17 @@ def test_a_plan_file_does_the_same_and_options_override_it(
     less = runs.open_run("less")
     assert (less.plan.limit, less.plan.seed, dict(less.plan.attacks[0].settings)) == (2, 4, {"steps": 1})
     assert len(less.records) == 2
+    # A budget that the plan states for an attack is overridden, too; and two of them become one.
+    plan = (tmp_path / "inner/plan.toml").read_text()
+    attack = '[[attacks]]\nname = "pgd"\nbudget = "linf:1/255"\nsettings = {steps = 2}\n'
+    (tmp_path / "inner/plan.toml").write_text(
+        plan[: plan.index("[[")] + attack + attack.replace("1/255", "2/255")
+    )
+    ended = run(
+        "audit", "inner/plan.toml", "--no-report", "--limit", 2, "--out", "wider", "--budget", "linf:8/255"
+    )
+    assert ended.code == 0, ended.err
+    assert [attack.budget for attack in runs.open_run("wider").plan.attacks] == ["linf:8/255"]
 
 
 def test_the_labels_of_an_array_are_used(run: Run, tmp_path: Path) -> None:

@@ -211,3 +211,42 @@ def test_an_interrupt_keeps_the_images_that_are_done_and_nan_skips_only_its_imag
     assert {path.name for path in (tmp_path / "cut/maps").iterdir()} < {
         path.name for path in (tmp_path / "whole/maps").iterdir()
     }
+
+
+NOISY = """
+import torch
+from torch import nn
+
+
+class Noisy(nn.Module):
+    def forward(self, images):
+        score = images.mean((1, 2, 3)) + torch.randn(len(images))
+        return torch.stack([score, -score], 1)
+
+
+def noisy():
+    return Noisy().eval()
+"""
+
+
+@pytest.mark.parametrize("command", ["map", "attack"])
+def test_a_random_network_is_noted(run: Run, photographs: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "noisy_network.py").write_text(NOISY)
+    for name in NAMES[1:]:
+        (photographs / name).unlink()
+    note = "returns different logits for the same image: results are one random draw of many"
+    for model, noted in ((("--model", "noisy_network:noisy", "--size", "64x64"), True), (TINY, False)):
+        assert (note in run(command, photographs, *model).err.replace("\n", " ")) == noted
+
+
+@pytest.mark.parametrize(("command", "folder"), [("map", "maps"), ("attack", "adversarial")])
+def test_pictures_of_an_earlier_run_do_not_stay_among_the_new_ones(
+    run: Run, photographs: Path, tmp_path: Path, command: str, folder: str
+) -> None:
+    quick = (*TINY, "--out", "again", *(("--steps", 1) if command == "attack" else ()))
+    assert run(command, photographs, *quick).code == 0
+    (tmp_path / "again" / folder / "mine.png").write_bytes(b"not weakspot's")
+    assert run(command, photographs / NAMES[-1], *quick).code == 0
+    stem = Path(NAMES[-1]).stem
+    kept = {f"0001 {stem}.png"} if command == "map" else {f"{stem}.png"}
+    assert {path.name for path in (tmp_path / "again" / folder).iterdir()} == kept | {"mine.png"}

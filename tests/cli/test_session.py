@@ -173,6 +173,7 @@ def test_sample_images_have_the_channels_of_the_classifier(run: Run, session: Se
         (lambda: parse_batch_size("0"), "--batch-size must be auto or an integer of at least 1, got '0'"),
         (lambda: parse_settings(["steps"]), "--set must be NAME=VALUE, got 'steps'"),
         (lambda: read_class_names(Path("nowhere.txt")), "--classes: nowhere.txt does not exist"),
+        (lambda: read_class_names(Path("/")), "--classes: / is a folder"),
         (lambda: read_class_names(Path(__file__).with_name("x.json")), "x.json does not exist"),
         (lambda: check_sources([]), "no images were named (give files, folders, or --samples)"),
         (lambda: check_sources([Path("x")], samples=True), "--samples takes no images (leave out one of"),

@@ -43,6 +43,7 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import (
     add_row,
+    earlier_texts,
     first_rows,
     json_rows,
     make_table,
@@ -50,6 +51,7 @@ from weakspot.cli.output import (
     print_choices,
     print_table,
     print_text,
+    remove_stale,
     shorten_name,
 )
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
@@ -174,8 +176,11 @@ def _write(
     images, _ = stored(result.adversarial, result.clean, spent)
     change = (images - rounded(result.clean)).abs().amax(1).flatten(1)
     scores["linf_8bit"], scores["pixels_8bit"] = change.amax(1).tolist(), (change > 0).sum(1).tolist()
+    earlier = [png.removeprefix("adversarial/") for png in earlier_texts(out / "scores.csv", "png")]
     files = write_pngs(images, names, out / "adversarial")
     write_pngs(result.clean, names, out / "clean")
+    for folder in ("adversarial", "clean"):
+        remove_stale(out / folder, earlier, files)
     scores["png"] = [f"adversarial/{file}" for file in files]
     missed = " (not found)" if aim.targets is None else " (not the target)"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import ModelWarning, NotFiniteError, collected_warnings, warn
+from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.cli.app import Failure, note
 from weakspot.cli.session import Images, Session
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
@@ -74,6 +75,7 @@ def find_labels(text: str | None, session: Session, images: Images) -> Labels:
     Images for which the model returns NaN or infinity are noted and skipped.
     """
     classifier, (logits, finite) = session.classifier, session.predict(images)
+    _note_randomness(classifier, images.pixels[finite[:1]])
     if text is None:
         source = "the model's predictions on the clean images"
         return Labels(images, logits.argmax(1), logits, source).subset(finite)
@@ -93,6 +95,19 @@ def find_labels(text: str | None, session: Session, images: Images) -> Labels:
             )
     # Only now, because folders stand for classes in the order of all of them.
     return Labels(images, torch.tensor(labels, device=logits.device), logits, source).subset(finite)
+
+
+def _note_randomness(classifier: Classifier, image: Tensor) -> None:
+    """Note that the network gives an image (1, C, H, W) other logits when it is asked again."""
+    # Both within one context, which restores the global generators when it ends.
+    with evaluating(classifier):
+        image = check_images(image, classifier)
+        logits, again = (predict(classifier, image, finite=False) for _ in range(2))
+    if not torch.allclose(again, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
+        note(
+            f"{classifier.name} returns different logits for the same image: results are one random draw of many, and "
+            "another run may give others"
+        )
 
 
 def distinct_rows(images: Images) -> list[int]:

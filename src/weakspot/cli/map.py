@@ -32,7 +32,15 @@ from weakspot.cli.options import (
     refuse,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, picture_names, print_sentences, print_text, shorten_name
+from weakspot.cli.output import (
+    earlier_texts,
+    json_rows,
+    picture_names,
+    print_sentences,
+    print_text,
+    remove_stale,
+    shorten_name,
+)
 from weakspot.cli.session import Session, check_output, check_sources, draw_rows, open_session
 from weakspot.pairs import AttackResult
 from weakspot.report.robustness_figures import SpotView, spot_figure
@@ -152,8 +160,9 @@ def _search(
         return scores
 
     save = Checkpoints(write)
+    pictures, earlier = picture_names(names), picture_names(earlier_texts(out / "scores.csv", "image"))
     step = session.display.step("looking for weak spots", total=total)
-    for number, picture in enumerate(picture_names(names)):
+    for number, picture in enumerate(pictures):
         image, label = (whole[number : number + 1] for whole in (labeled.images.pixels, labeled.labels))
         try:
             with collected_warnings() as messages:
@@ -168,6 +177,7 @@ def _search(
         save(lambda: rows)
     if not rows:
         raise Failure(NONE_LEFT.format(session.classifier.name))
+    remove_stale(out / FILES[0], earlier, pictures)
     note_together(remarks, sum(row["label"] == row["classified_as"] for row in rows))
     return write(rows)
 

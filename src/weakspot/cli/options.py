@@ -331,8 +331,8 @@ def read_class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     if not path.is_file():
-        raise Failure(f"--classes: {path} does not exist", UNREADABLE)
-    text = path.read_text("utf-8", errors="replace")
+        raise Failure(f"--classes: {path} {'is a folder' if path.is_dir() else 'does not exist'}", UNREADABLE)
+    text = path.read_text("utf-8-sig", errors="replace")
     if path.suffix != ".json":
         return text.splitlines()
     try:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
@@ -232,6 +232,25 @@ def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:
 def print_json(document: object) -> None:
     """Print a JSON document to standard output."""
     typer.echo(json.dumps(document, indent=2))
+
+
+def earlier_texts(table: Path, column: str) -> list[str]:
+    """A column of the table that an earlier run left; empty if there is none."""
+    import pandas as pd
+
+    try:
+        return [str(value) for value in pd.read_csv(table)[column].dropna()]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def remove_stale(folder: Path, earlier: Iterable[str], written: Iterable[str]) -> None:
+    """Remove the pictures of an earlier run in a folder that this run did not write again."""
+    for name in set(earlier).difference(written):
+        path = folder / name
+        # The table that named it may have been changed since: nothing else is removed.
+        if path.suffix == ".png" and path.resolve().is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
 
 
 def picture_names(images: Sequence[str]) -> list[str]:

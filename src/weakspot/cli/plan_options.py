@@ -156,12 +156,28 @@ def plan_table(
         # In a plan.toml, the names of classes may be the path of a file that holds them.
         if isinstance(model.get("classes"), str):
             model["classes"] = read_class_names(Path(model["classes"]))
+    if "budget" in overrides and "attacks" not in overrides:
+        table["attacks"] = _without_budgets(table.get("attacks", "pgd"))
     table |= {**overrides, "model": model}
     if settings:
         table["attacks"] = _with_settings(table.get("attacks", "pgd"), settings)
     images = table["images"]
     check_existing([images] if isinstance(images, str) else images)  # type: ignore[arg-type]  # a list of texts
     return table, out
+
+
+def _without_budgets(attacks: object) -> object:
+    """The attacks of a plan without the budgets that they state themselves, which those of --budget replace."""
+    if not isinstance(attacks, list):
+        return attacks
+    plain = [
+        {key: value for key, value in attack.items() if key != "budget"}
+        if isinstance(attack, dict)
+        else attack
+        for attack in attacks
+    ]
+    # Attacks that differed by their budgets alone are one now.
+    return [attack for number, attack in enumerate(plain) if attack not in plain[:number]]
 
 
 def with_steps(table: dict[str, object], steps: int) -> dict[str, object]:

@@ -65,13 +65,17 @@ class ClassIndex:
         numbers = f"a number from 0 to {self.count - 1}"
         if not self.names:
             return f"{argument} must be {numbers}, got {text!r} (the model has no class names; --classes gives them)"
+        same = [number for number, name in enumerate(self.names) if _plain(text) in _spellings(name)]
+        if len(same) > 1:
+            listed = " and ".join(map(str, same))
+            return f"{argument} must name one class, got {text!r}, which classes {listed} are called (give a number)"
         return unknown_choice(argument, text, self.names, remedy=f"or give {numbers}")
 
     @cached_property
     def _by_name(self) -> Mapping[str, int]:
         spellings: dict[str, int] = {}
         for number, name in enumerate(self.names):
-            for spelling in {_plain(name), _plain(name.partition(",")[0])}:
+            for spelling in _spellings(name):
                 # -1 marks a spelling of two classes, which then stands for neither.
                 spellings[spelling] = -1 if spelling in spellings else number
         return {spelling: number for spelling, number in spellings.items() if number >= 0}
@@ -79,6 +83,10 @@ class ClassIndex:
     @cached_property
     def _by_number(self) -> Mapping[str, int]:
         return {form.format(number): number for number in range(self.count) for form in ("{}", "class {}")}
+
+
+def _spellings(name: str) -> set[str]:
+    return {_plain(name), _plain(name.partition(",")[0])}
 
 
 def _plain(name: str) -> str:
@@ -198,9 +206,8 @@ def read_labels(path: Path, classes: ClassIndex) -> LabelTable:
         ValueError: if the file is not valid, a label is not a class, or one file has two labels.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"labels must be {LABEL_FILE}, or {FOLDERS}, got {path}, which does not exist"
-        )
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"labels must be {LABEL_FILE}, or {FOLDERS}, got {path}, which {what}")
     table: dict[str, int] = {}
     form = FORMATS.get(path.suffix.lower(), CSV)
     for name, label, is_number in form.read(path):

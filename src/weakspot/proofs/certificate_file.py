@@ -40,7 +40,7 @@ class CertificateFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
+            raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
         try:
             record = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError):

@@ -113,10 +113,14 @@ class Localized:
             f"the network on {with_interval(rate, low, high)} of the images."
         )
         sentence = f"On as many pixels drawn at random over the whole image: {difference}."
-        outcome = CONFIRMED if low >= SENSITIVE else NOT_CONFIRMED
-        if outcome == CONFIRMED and difference.high < 0:
-            outcome = CAUTION
+        # Confirmed means that the measurement exceeds its control.
+        outcome = CONFIRMED if difference.low > 0 else CAUTION
+        if low < SENSITIVE:
+            outcome = NOT_CONFIRMED
+        elif difference.high < 0:
             sentence += " The background is less sensitive than as many pixels anywhere, but sensitive."
+        elif outcome == CAUTION:
+            sentence += " The background is not shown to be more sensitive than as many pixels anywhere."
         return Claim(
             name,
             BACKGROUND,

@@ -157,7 +157,7 @@ def class_sentences(by_class: Classes) -> list[str]:
         same = percent(weak["robust"])
         return [f"Under {cell}, {same} of the images of every class remain correctly classified.", ends]
     if weak["label"] == strong["label"] or weak["robust"] == strong["robust"]:
-        even = f"{_class_accuracy(weak)} {names[weak['label']]} remain correctly classified"
+        even = f"{_class_accuracy(weak)} {names[weak['label']]} {_remain(weak)} correctly classified"
         return [f"Under {cell}, no class stands out: {even}.", ends]
     doubt = (
         f"With {len(rows)} classes compared, part of that difference may be chance."
@@ -165,7 +165,7 @@ def class_sentences(by_class: Classes) -> list[str]:
         else "The intervals overlap, so the difference may be chance."
     )
     sentence = (
-        f"Under {cell}, {_class_accuracy(weak)} {names[weak['label']]} remain correctly classified, and "
+        f"Under {cell}, {_class_accuracy(weak)} {names[weak['label']]} {_remain(weak)} correctly classified, and "
         f"{_class_accuracy(strong)} {names[strong['label']]}. {doubt}"
     )
     return [sentence, ends]
@@ -179,6 +179,10 @@ def intervals_are_apart(row: Row, other: Row) -> bool:
 def _class_accuracy(row: Row) -> str:
     accuracy = with_interval(row["robust"], row["low"], row["high"])
     return f"{accuracy} of {counted(int(row['images']))} of"
+
+
+def _remain(row: Row) -> str:
+    return "remains" if int(row["images"]) == 1 else "remain"
 
 
 def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashable, str]) -> str:

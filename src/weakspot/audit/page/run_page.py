@@ -238,9 +238,10 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     skipped = len(run.skipped)
     done = skipped + (summary.images + summary.copies if summary else 0)
     warning = _warning(run, done, summary.remarks if summary else run.remarks)
-    unread = (f"{skipped:,}", "skipped because they could not be read" if skipped else "skipped")
+    unread = (f"{skipped:,}", "skipped")
     if summary is None or not summary.images:
-        none = f"No image could be read{'' if run.complete else ' so far'}."
+        none = f"No image could be used{'' if run.complete else ' so far'}."
+        none += f" Skipped: {_reasons(run)}." if skipped else ""
         nothing = none if run.has_records else "No shard is finished yet."
         return Header(title, subtitle, warning, [unread] if skipped else [], [nothing])
     facts = [*_facts(summary), unread]
@@ -305,8 +306,8 @@ def _skipped_section(run: Run) -> list[Section]:
     skipped = run.skipped
     if skipped.empty:
         return []
-    verb = "is" if len(skipped) == 1 else "are"
-    sentence = f"{counted(len(skipped))} could not be read and {verb} not in any number above."
+    verb, past = ("is", "was") if len(skipped) == 1 else ("are", "were")
+    sentence = f"{counted(len(skipped))} {past} skipped and {verb} not in any number above."
     table = table_of(
         "skipped", skipped.head(MAX_SKIPPED), {"image": texts("image"), "reason": texts("reason")}
     )

@@ -1,6 +1,7 @@
 """Where a run is stored while an audit works on it: its own folder, or a URL that a local folder is sent to."""
 
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,7 +41,7 @@ class LocalStore:
         if taken is not None and not (taken == LISTING and not self._holds(RUN_FILE)):
             raise ValueError(
                 f"out must be empty, got {self.name}, which holds a run already ({taken}; continue it with --resume "
-                f"{self.name}, or give another place)"
+                f"{shlex.quote(self.name)}, or give another place)"
             )
 
     def _holds(self, name: str) -> bool:
