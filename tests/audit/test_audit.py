@@ -515,3 +515,18 @@ def test_progress_never_decreases_and_ends_with_all(
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0, 1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_plan_that_cannot_be_carried_out_leaves_its_place_free(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    wrong = small_plan(pictures, attacks=(AttackPlan("pgd", settings=(("steps", -1),)),), limit=2)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got -1"):
+        audit(wrong, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got -1"):
+        audit(wrong, folder)
+    right = small_plan(pictures, attacks=(AttackPlan("pgd", settings=(("steps", 1),)),), limit=2)
+    assert audit(right, folder).complete
+    assert (folder / "mine.txt").read_text() == "kept"

@@ -6,6 +6,7 @@ are atomic and durable.
 """
 
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -44,7 +45,7 @@ from weakspot.audit.store.records import (
 from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, clear_drafts, open_store
-from weakspot.audit.store.unfinished import UNFINISHED
+from weakspot.audit.store.unfinished import UNFINISHED, unfinished_files
 
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives
@@ -135,14 +136,17 @@ def audit(plan: Plan, out: Path | str, **session: Unpack[SessionOptions]) -> Run
             info.write(folder)
             try:
                 job, info = prepare(info, folder)
+                return _carry_out(Ledger(store, job, info), engine, session)
             except (ValueError, FileNotFoundError):
-                for name in (RUN_FILE, LISTING):
-                    (folder / name).unlink(missing_ok=True)
-                if created:
-                    (folder / LOCK).unlink(missing_ok=True)
-                    folder.rmdir()
+                # A plan that cannot be carried out leaves no run: to resume it would end in the same error.
+                if not shard_files(folder) and not unfinished_files(folder):
+                    for name in (RUN_FILE, LISTING):
+                        (folder / name).unlink(missing_ok=True)
+                    shutil.rmtree(folder / MAPS, ignore_errors=True)
+                    if created and {path.name for path in folder.iterdir()} <= {LOCK}:
+                        (folder / LOCK).unlink(missing_ok=True)
+                        folder.rmdir()
                 raise
-            return _carry_out(Ledger(store, job, info), engine, session)
 
 
 def resume(out: Path | str, **session: Unpack[SessionOptions]) -> Run:
