@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -68,3 +69,16 @@ def test_a_setting_of_the_user_stays(
         check=True,
     )
     assert ended.stdout.strip() == printed
+
+
+def test_an_interrupt_while_torch_is_imported_is_a_sentence() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "weakspot", "--version"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    # Modules are named once they are imported: numpy is, before torch is.
+    next(line for line in process.stderr if line.rstrip().endswith(" numpy"))
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "weakspot: interrupted; nothing was written" in rest
+    assert "Traceback" not in rest

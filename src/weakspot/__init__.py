@@ -6,6 +6,7 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
+import weakspot._interrupts
 import weakspot._openmp  # noqa: F401 - before torch
 
 # isort: split

@@ -22,9 +22,9 @@ from typer.core import TyperGroup
 from typer.models import OptionInfo
 
 from weakspot._errors import ModelError, describe_error
+from weakspot._interrupts import INTERRUPTED, NOTHING_WRITTEN, stop_import
 
-UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
-NOTHING_WRITTEN = "interrupted; nothing was written"
+UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE = 1, 2, 3, 4, 5
 WRITTEN_KEY = (
     f"{__name__}.written"  # in the context: a function that says what the command has written so far
 )
@@ -238,6 +238,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     # `kill`, and schedulers that end a job, interrupt a command as Ctrl-C does: what has finished is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # From here on an interrupt is an exception. One that the shell had ignored stays ignored.
+    if signal.getsignal(signal.SIGINT) is stop_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         # Not standalone: typer raises its errors and returns exit codes, instead of printing and exiting.
         code = app(prog_name="weakspot", standalone_mode=False)

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weakspot._interrupts import INTERRUPTED, NOTHING_WRITTEN
 from weakspot._io.urls import exists, is_url
 from weakspot._progress import Display, Step
-from weakspot.cli.app import (
-    INTERRUPTED,
-    NOTHING_WRITTEN,
-    RESUMABLE,
-    UNREADABLE,
-    Failure,
-    command,
-    complain,
-    note,
-)
+from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,

@@ -13,11 +13,12 @@ import typer
 from torch import Tensor, nn
 
 from weakspot._checks import NotFiniteError, check_fraction
+from weakspot._interrupts import INTERRUPTED
 from weakspot._io.files import write_atomic
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import Classifier, check_images, predict
-from weakspot.cli.app import INTERRUPTED, USAGE, Failure, command, note
+from weakspot.cli.app import USAGE, Failure, command, note
 from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.labeled_images import distinct_rows, find_labels
 from weakspot.cli.options import (

@@ -10,10 +10,11 @@ import typer
 from torch import Tensor
 
 from weakspot._checks import NotFiniteError, warn
+from weakspot._interrupts import INTERRUPTED
 from weakspot._io.files import write_atomic
 from weakspot._progress import Checkpoints
 from weakspot.classifier import Classifier
-from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
+from weakspot.cli.app import UNREADABLE, Failure, command
 from weakspot.cli.attack_choice import AimOptions, AttackChoice, attack_images, find_aim
 from weakspot.cli.options import (
     AnalysesOption,

@@ -11,8 +11,9 @@ import torch
 import typer
 
 from weakspot._checks import unknown_choice
+from weakspot._interrupts import INTERRUPTED
 from weakspot.budgets import read_budget
-from weakspot.cli.app import INTERRUPTED, RESUMABLE, Failure, command
+from weakspot.cli.app import RESUMABLE, Failure, command
 from weakspot.cli.options import (
     ATTACK,
     MODEL,
