@@ -191,6 +191,15 @@ class Classifier(nn.Module):
         return f"{name} (class {index})" if self.class_names.count(name) > 1 else name
 
 
+def gives_again(classifier: Classifier, images: Tensor, logits: Tensor) -> bool:
+    """Whether another pass of images (N, C, H, W) gives their logits (N, K) again, but for rounding.
+
+    Only inside `evaluating`: when it ends, it restores the generators that a random network draws from.
+    """
+    again = predict(classifier, images, finite=False)
+    return torch.allclose(again, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max()))
+
+
 def as_classifier(model: nn.Module) -> Classifier:
     """The model itself if it is a Classifier, else the model wrapped without normalization."""
     return model if isinstance(model, Classifier) else Classifier.wrap(model)

@@ -365,6 +365,11 @@ def test_a_missing_extra_names_its_install_command(
 def test_a_folder_holds_one_run(whole: Run, pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"whole, which holds a run already .*--resume"):
         audit(small_plan(pictures), whole.folder)
+    spaced = pictures.parent / "my run"
+    spaced.mkdir()
+    (spaced / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"continue it with --resume '[^']*my run', or"):
+        audit(small_plan(pictures), spaced)
     (pictures.parent / "file").write_text("x")
     with pytest.raises(ValueError, match="which is a file"):
         audit(small_plan(pictures), pictures.parent / "file")

@@ -313,6 +313,17 @@ def test_the_most_frequent_confusion_is_only_one_if_no_other_is_as_frequent() ->
         )
 
 
+@pytest.mark.parametrize(("images", "verb"), [(1, "remains"), (2, "remain")])
+def test_one_image_of_a_class_remains_and_two_remain(images: int, verb: str) -> None:
+    classes = pd.DataFrame({"label": [0, 1], "name": ["cat", "dog"], "images": [images, 9], "clean": 1.0})
+    per = classes.assign(attack="pgd", region="none", robust=[0.1, 0.9], low=[0.0, 0.8], high=[0.2, 1.0])
+    into = pd.DataFrame({"label": [0], "adversarial_class": ["dog"], "fooled": [1], "of": [1]})
+    sentence = class_sentences(Classes(classes, per, into, CONFUSIONS))[0]
+    assert (
+        f"of {images} image{'s' if images > 1 else ''} of cat {verb} correctly classified, and " in sentence
+    )
+
+
 def depths(held: float) -> pd.DataFrame:
     return pd.DataFrame(
         [

@@ -211,8 +211,9 @@ def test_values_are_parsed(tmp_path: Path) -> None:
         ("list.json", '["cat", "dog"]'),
         ("map.json", '{"1": "dog", "0": "cat"}'),
     ):
-        (tmp_path / name).write_text(text)
-        assert read_class_names(tmp_path / name) == ["cat", "dog"]
+        for mark in ("", "\ufeff"):  # the byte-order mark that some editors write
+            (tmp_path / name).write_text(mark + text)
+            assert read_class_names(tmp_path / name) == ["cat", "dog"]
 
 
 def test_sources_that_do_not_exist_end_the_command_only_if_none_exists(

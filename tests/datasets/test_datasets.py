@@ -165,6 +165,8 @@ def test_folders_of_classes_are_read_in_order_and_when_asked(tmp_path: Path, spl
         read_labeled(tmp_path, size=(8, 8), channels=[3])  # type: ignore[arg-type]
     numbers: Any = (np.int64(8), np.int64(8))
     assert read_labeled(tmp_path, size=numbers).images(ROWS[:1]).shape == (1, 3, 8, 8)
+    pixels = torch.rand(2, 1, 4, 4)
+    assert from_tensors(pixels, torch.tensor([0, 1]), class_names=()).class_names == ("0", "1")
     sent = pickle.loads(pickle.dumps(data))  # noqa: S301 - as worker processes are
     assert sent.pixels(ROWS[:1]).shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"size must be .height, width. for image files, got none"):

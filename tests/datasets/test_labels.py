@@ -132,6 +132,8 @@ def test_a_new_format_is_read_and_named_by_its_suffix(
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"got .*nowhere\.csv, which does not exist"):
         read_labels(tmp_path / "nowhere.csv", ClassIndex(NAMES, 4))
+    with pytest.raises(FileNotFoundError, match=r"which is a folder$"):
+        read_labels(tmp_path, ClassIndex(NAMES, 4))
 
 
 def test_an_unlisted_image_is_left_out_or_refused(tmp_path: Path) -> None:

@@ -411,6 +411,8 @@ def test_files_that_are_no_certificates_are_refused(
         check_certificate(network, tmp_path / "one.json", images)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         check_certificate(network, tmp_path / "none.json", images)
+    with pytest.raises(FileNotFoundError, match=r"is a folder$"):
+        check_certificate(network, tmp_path, images)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import Made, untouched
+from weakspot._checks import NotFiniteError
 from weakspot.classifier import as_classifier
 from weakspot.proofs import certify_patches, certify_pixels, check_certificate
 from weakspot.proofs.determinism import check_deterministic
@@ -81,6 +82,28 @@ def test_nothing_is_certified_of_a_network_that_changes_its_mind(
         certify_patches(make(), images, labels, patch=1, masks=2).to_json(tmp_path / "certificate.json")
     with pytest.raises(ValueError, match=sentence):
         check_certificate(make(), tmp_path / "certificate.json", images)
+
+
+class TurnsBad(nn.Module):
+    """Logits that are NaN once it is turned bad, which no fingerprint sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = images.flatten(1).sum(1)
+        return torch.stack([score, score - 1], 1) * (torch.nan if self.bad else 1)
+
+
+def test_a_network_that_returns_nan_is_not_said_to_change_its_mind(tmp_path: Path) -> None:
+    network, images = TurnsBad().eval(), torch.full((1, 1, 4, 4), 0.5)
+    path = certify_patches(network, images, torch.tensor([0]), patch=1, masks=2).to_json(
+        tmp_path / "one.json"
+    )
+    vars(network)["bad"] = True
+    with pytest.raises(NotFiniteError, match=r"^TurnsBad returned NaN or infinity"):
+        check_certificate(network, path, images)
 
 
 @pytest.mark.parametrize(

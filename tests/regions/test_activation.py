@@ -13,6 +13,7 @@ from tests.networks import Made, untouched
 from weakspot import regions
 from weakspot.attribution import class_activation
 from weakspot.classifier import as_classifier, predict
+from weakspot.regions import activation
 from weakspot.regions.activation import STEPS
 
 
@@ -140,3 +141,12 @@ WRONG: Any = [[1.0]]
 def test_other_types_are_refused_in_a_sentence(call: Callable[[Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         call(torch.rand(1, 3, 8, 8))
+
+
+def test_evidence_in_half_precision_is_ranked_as_finely() -> None:
+    # Steps of such small values would be zero in half precision.
+    maps = torch.linspace(0, 1e-4, 64).view(1, 1, 8, 8)
+    ranks = activation._without_rounding(maps.half())
+    assert bool(ranks.isfinite().all())
+    assert int(ranks.max()) == STEPS
+    assert torch.equal(regions.top(ranks, 0.25), regions.top(maps, 0.25))

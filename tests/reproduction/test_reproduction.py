@@ -277,14 +277,30 @@ def test_what_is_too_few_agrees_with_its_verb(
     assert claim.measured == "Only 1 image has a background that can be found; 10 are needed."
 
 
+@pytest.mark.parametrize(
+    ("fooled", "control", "verdict", "ending"),
+    [
+        (12, 24, CAUTION, "The background is less sensitive than as many pixels anywhere, but sensitive."),
+        (12, 13, CAUTION, "The background is not shown to be more sensitive than as many pixels anywhere."),
+        (20, 4, CONFIRMED, "24 images."),
+        (1, 0, NOT_CONFIRMED, "24 images."),
+    ],
+    ids=["below", "equal", "above", "not sensitive"],
+)
 def test_the_background_is_compared_with_the_whole_image(
-    random_network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_network: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fooled: int,
+    control: int,
+    verdict: str,
+    ending: str,
 ) -> None:
     """The control may lie in the background too, so nothing is known of the rest."""
     masks = torch.zeros(24, 1, 16, 16, dtype=torch.bool)
     masks[:, :, :4] = True
     monkeypatch.setattr(regions, "background", lambda _: masks)
-    outcomes = iter([torch.arange(24) < 12, torch.ones(24, dtype=torch.bool)])
+    outcomes = iter([torch.arange(24) < fooled, torch.arange(24) < control])
 
     class Confined:
         def __init__(self) -> None:
@@ -292,10 +308,8 @@ def test_the_background_is_compared_with_the_whole_image(
 
     monkeypatch.setattr(attacks, "pgd", lambda *_, **__: Confined())
     claim = Localized(material(random_network, size=16), tmp_path).background()
-    assert claim.verdict == CAUTION
-    assert claim.control.endswith(
-        "The background is less sensitive than as many pixels anywhere, but sensitive."
-    )
+    assert claim.verdict == verdict
+    assert claim.control.endswith(ending)
 
 
 def test_pixels_that_no_color_turns_are_proven_safe(monkeypatch: pytest.MonkeyPatch) -> None:

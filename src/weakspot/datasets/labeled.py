@@ -105,7 +105,7 @@ def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | No
     if classes > MAX_CLASSES:
         raise ValueError(f"labels must be below {MAX_CLASSES}, got {classes - 1} (number the classes from 0)")
     check_class_names(class_names)
-    names = tuple(str(number) for number in range(classes)) if class_names is None else tuple(class_names)
+    names = tuple(class_names or (str(number) for number in range(classes)))
     if len(names) < classes:
         raise ValueError(f"labels must be below {len(names)}, the number of class names, got {classes - 1}")
     return names

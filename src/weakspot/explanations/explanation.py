@@ -17,7 +17,7 @@ from weakspot._io.files import write_atomic
 from weakspot._memory import remembering
 from weakspot._progress import ProgressOption, shown
 from weakspot._rows import row_number
-from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.classifier import Classifier, evaluating, gives_again, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
     FIRST,
@@ -327,8 +327,7 @@ def _successes(classifier: Classifier, pairs: Pairs, adversarial_class: Tensor) 
 
 
 def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:
-    again = predict(classifier, image)
-    if not torch.allclose(again, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
+    if not gives_again(classifier, image, logits):
         warn_once(
             classifier.network,
             "random",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from weakspot._checks import check_finite
 from weakspot._state import DispatchMode
 from weakspot.classifier import Classifier
 from weakspot.logits import filled, logit_scale, probe_images
@@ -16,7 +17,7 @@ HALF_PRECISION = 16  # the same for weights in half precision, in units of their
 
 
 def check_deterministic(classifier: Classifier, image: Tensor) -> None:
-    """Try one image alone, again, and among others; images and logits as `classifier` takes and gives them.
+    """Try one image alone, again, and among others.
 
     Args:
         classifier: the network to be certified.
@@ -24,6 +25,7 @@ def check_deterministic(classifier: Classifier, image: Tensor) -> None:
 
     Raises:
         ValueError: if the network draws random numbers, or the logits of the image differ by more than rounding.
+        NotFiniteError: a ValueError, if they are not finite.
     """
     size = classifier.fixed_batch or 4
     others = torch.cat([image, probe_images(image)])[:size]
@@ -33,6 +35,7 @@ def check_deterministic(classifier: Classifier, image: Tensor) -> None:
             alone = classifier(classifier.filled(image))[:1]
         again = classifier(classifier.filled(image))[:1]
         among = classifier(filled(others, size))[:1]
+    check_finite(alone, classifier.name)
     allowed = _tolerance(classifier) * float(logit_scale(alone))
     cause = (
         f"draws random numbers ({draws.function})" if draws.function
@@ -69,8 +72,7 @@ class _Draws(DispatchMode):
 
 
 def _differ(first: Tensor, second: Tensor, allowed: float) -> bool:
-    # NaN in both is for others to complain about.
-    return not torch.allclose(first, second, rtol=0, atol=allowed, equal_nan=True)
+    return not torch.allclose(first, second, rtol=0, atol=allowed)
 
 
 def _tolerance(classifier: Classifier) -> float:

@@ -48,6 +48,7 @@ def _without_rounding(maps: Tensor) -> Tensor:
 
     Rounding, which differs between batch sizes, would break ties otherwise: on a black background, everywhere.
     """
+    maps = maps.float()  # in half precision, a step could be zero
     step = (maps.abs().amax((1, 2, 3), keepdim=True) / STEPS).clamp(min=torch.finfo(maps.dtype).tiny)
     return (maps / step).round()
 
